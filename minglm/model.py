@@ -1,0 +1,536 @@
+"""GLM-4.5, whole and in one file (arXiv 2508.06471, section 2; exact operations as in Hugging Face's `glm4_moe`).
+
+What is unusual about this architecture:
+- attention with 2.5 times the usual number of heads, grouped keys and values, biases on q, k and v, RoPE on half of each
+  head, and (in GLM-4.5, not in Air) RMSNorm on queries and keys;
+- deep and narrow: the first layers are dense, all others a mixture of many small experts beside one shared expert;
+- a sigmoid router that chooses by score plus a bias, weighs by the score alone, and learns the bias outside of autograd,
+  from the load (loss-free balancing, arXiv 2408.15664);
+- one more layer that predicts the token after the next (multi-token prediction, MTP).
+
+Shapes: b batch, t sequence, h hidden, d head, v vocabulary. In routing code suffixes say the layout: N tokens, K experts
+per token, R = N * K rows sorted by expert, E experts, H hidden.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minglm import ops
+from minglm.config import GLMConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned weight, statistics in fp32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of RoPE's angles at the positions in use, fp32, (t, rotary_dim / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def at(cls, positions: Tensor, config: GLMConfig) -> "Rotary":
+        """positions (t,) int. The inverse frequencies are spread over the *rotated* part of a head."""
+        exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
+        angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)
+        return cls(angles.cos(), angles.sin())
+
+
+class KVCache:
+    """Keys and values of all layers for one batch of sequences of equal length, in one preallocated block.
+
+    keys and values: (layers, b, max_length, kv_heads, d). `length` tokens are filled; the model advances it.
+    """
+
+    def __init__(self, config: GLMConfig, batch: int, max_length: int, device=None, dtype: torch.dtype = torch.float32):
+        shape = (config.num_hidden_layers, batch, max_length, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (b, t, kv_heads, d) behind what `layer` holds; return all of its keys and values so far."""
+        end = self.length + k.shape[1]
+        if end > self.keys.shape[2]:
+            raise ValueError(f"the KV cache holds {self.keys.shape[2]} tokens; position {end - 1} does not fit")
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with partial RoPE and optional QK-norm (norm before RoPE)."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.head_dim = config.head_dim
+        query_width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        # One weight of size head_dim for all heads.
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        q, k, v = (
+            rearrange(project(x), "b t (heads d) -> b t heads d", d=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q = ops.rotary(self.q_norm(q), *rotary)
+        k = ops.rotary(self.k_norm(k), *rotary)
+        if cache is not None:
+            k, v = cache.append(layer, k, v)
+        out = ops.attention(q, k, v, visible)
+        return self.o_proj(rearrange(out, "b t heads d -> b t (heads d)"))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward network without biases: the dense layers and the shared expert."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+
+class RouterStatistics(NamedTuple):
+    """What a MoE layer reports of one forward pass. Returned, never stored by the layer: activation checkpointing runs the
+    layer twice and must not count twice (torchtitan#1593)."""
+
+    load: Tensor  # (E,) int64: tokens each expert was given, padding left out
+    balance: Tensor  # fp32 scalar: sequence-level balance loss, summed over the sequences of the batch
+
+
+class Router(nn.Module):
+    """Sigmoid top-k router, in fp32 from end to end. `weight` (E, H); `e_score_correction_bias` (E,) learned from the load."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def _apply(self, fn, recurse: bool = True):
+        """`model.bfloat16()` must not reach the bias: its steps of 0.001 vanish in bf16 (sglang#31213)."""
+        exact = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        self.e_score_correction_bias = exact.to(moved.device) if moved.dtype != torch.float32 else moved
+        return self
+
+    def forward(self, x_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, H) -> the chosen experts (N, K) int64, their weights (N, K) fp32, all scores (N, E) fp32."""
+        with torch.autocast(x_NH.device.type, enabled=False):
+            scores_NE = torch.sigmoid(x_NH.float() @ self.weight.float().t())
+        experts_NK = self.choose(scores_NE.detach())
+        weights_NK = scores_NE.gather(1, experts_NK)  # without the bias: it chooses and never weighs
+        if self.config.norm_topk_prob:
+            weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
+        return experts_NK, weights_NK * self.config.routed_scaling_factor, scores_NE
+
+    def choose(self, scores_NE: Tensor) -> Tensor:
+        """The best K by score plus bias; with groups, only among the best groups, judged by their two best experts."""
+        biased_NE = scores_NE + self.e_score_correction_bias
+        if self.config.n_group > 1:
+            grouped = rearrange(biased_NE, "n (group e) -> n group e", group=self.config.n_group)
+            group_score = grouped.topk(2, dim=-1).values.sum(-1)  # (n, group)
+            best = group_score.topk(self.config.topk_group, dim=-1).indices
+            kept = torch.zeros_like(group_score, dtype=torch.bool).scatter_(1, best, True)
+            grouped = grouped.masked_fill(~kept[..., None], float("-inf"))
+            biased_NE = rearrange(grouped, "n group e -> n (group e)")
+        return biased_NE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False).indices
+
+
+def sequence_balance_loss(scores: Tensor, experts: Tensor, real: Tensor) -> Tensor:
+    """DeepSeek-V3's balance loss (arXiv 2412.19437, eq. 17-20), summed over the sequences: an fp32 scalar.
+
+    scores (b, t, E), experts (b, t, K), real (b, t) bool, False at padding. For each sequence, sum over experts of f * P:
+    f = E / (K * tokens) * count, P = mean of the scores normalised over experts. Balanced routing gives about 1.
+    """
+    num_experts, k = scores.shape[-1], experts.shape[-1]
+    tokens = real.sum(1, keepdim=True).clamp(min=1)  # (b, 1)
+    given = real[..., None].expand_as(experts).to(scores.dtype)
+    count = torch.zeros_like(scores[:, 0]).scatter_add(1, experts.flatten(1), given.flatten(1))  # (b, E)
+    share = scores / scores.sum(-1, keepdim=True)
+    mean_share = torch.einsum("bte,bt->be", share, real.to(share.dtype)) / tokens
+    return (count * (num_experts / k) / tokens * mean_share).sum()
+
+
+class LocalDispatcher:
+    """Brings tokens to their experts on one device: sorts them by expert, once a layer.
+
+    Expert parallelism puts another class with this interface into `MoE.dispatcher`; the model's code stays the same.
+    """
+
+    def dispatch(self, x_NH: Tensor, experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """-> rows (R, H) sorted by expert, where each expert's rows end (E,) int64, and the route back for `combine`."""
+        n, k = experts_NK.shape
+        sorted_R, slot_of_row = experts_NK.flatten().sort(stable=True)
+        ends_E = torch.searchsorted(sorted_R, torch.arange(num_experts, device=x_NH.device), right=True)
+        token_of_row = slot_of_row // k
+        row_of_slot = torch.empty_like(slot_of_row)
+        row_of_slot[slot_of_row] = torch.arange(n * k, device=x_NH.device)
+        row_of_slot = rearrange(row_of_slot, "(n k) -> n k", k=k)
+        return ops.gather_rows(x_NH, token_of_row, row_of_slot), ends_E, (row_of_slot, token_of_row)
+
+    def combine(self, rows_RH: Tensor, weights_NK: Tensor, route: tuple[Tensor, Tensor]) -> Tensor:
+        """Sum the outputs of each token's experts, weighted -> (N, H)."""
+        return ops.combine_rows(rows_RH, weights_NK, *route)
+
+
+class Experts(nn.Module):
+    """The routed experts' SwiGLU weights, stacked: one grouped product a projection, however many experts there are."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        e, h, i = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, h))
+        self.down_proj = nn.Parameter(torch.empty(e, h, i))
+
+    def forward(self, rows_RH: Tensor, ends_E: Tensor) -> Tensor:
+        return ops.grouped_swiglu(rows_RH, ends_E, self.gate_up_proj, self.down_proj)
+
+
+class MoE(nn.Module):
+    """Routed experts plus the shared expert, which sees every token and is not scaled."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+        self.dispatcher = LocalDispatcher()
+
+    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, RouterStatistics]:
+        """x (b, t, H), real (b, t) bool, False at padding (None: no padding) -> (b, t, H) and the statistics."""
+        b, t, _ = x.shape
+        x_NH = rearrange(x, "b t h -> (b t) h")
+        experts_NK, weights_NK, scores_NE = self.gate(x_NH)
+        num_experts = scores_NE.shape[1]
+        rows_RH, ends_E, route = self.dispatcher.dispatch(x_NH, experts_NK, num_experts)
+        routed_NH = self.dispatcher.combine(self.experts(rows_RH, ends_E), weights_NK, route)
+
+        real = torch.ones(b, t, dtype=torch.bool, device=x.device) if real is None else real
+        given = rearrange(real, "b t -> (b t) 1").expand_as(experts_NK).long()
+        load = torch.zeros(num_experts, dtype=torch.int64, device=x.device)
+        load.scatter_add_(0, experts_NK.flatten(), given.flatten())
+        balance = sequence_balance_loss(
+            rearrange(scores_NE, "(b t) e -> b t e", b=b), rearrange(experts_NK, "(b t) k -> b t k", b=b), real
+        )
+        routed = rearrange(routed_NH, "(b t) h -> b t h", b=b)
+        return routed + self.shared_experts(x), RouterStatistics(load, balance)
+
+
+class DecoderLayer(nn.Module):
+    """Attention, then a dense or a mixture-of-experts feed-forward network, each behind a norm and around a residual."""
+
+    def __init__(self, config: GLMConfig, index: int):
+        super().__init__()
+        self.index = index
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = index >= config.first_k_dense_replace
+        self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, h: Tensor, rotary: Rotary, visible: Tensor | None, real: Tensor | None, cache: KVCache | None = None
+    ) -> tuple[Tensor, RouterStatistics | None]:
+        h = h + self.self_attn(self.input_layernorm(h), rotary, visible, cache, self.index)
+        x = self.post_attention_layernorm(h)
+        if not self.is_moe:
+            return h + self.mlp(x), None
+        out, statistics = self.mlp(x, real)
+        return h + out, statistics
+
+
+class Trunk(nn.Module):
+    """Embedding, decoder layers, final norm: what Hugging Face calls `model`."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class SharedHead(nn.Module):
+    """The MTP layer's own norm before the head that it shares with the main model."""
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class MTP(nn.Module):
+    """Multi-token prediction: from the trunk's state at t and the token at t + 1, one more decoder layer predicts t + 2.
+
+    Embedding and head are the main model's (DeepSeek-V3, arXiv 2412.19437, section 2.2; report, section 2.1).
+    """
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.layer = DecoderLayer(config, max(config.num_hidden_layers, config.first_k_dense_replace))  # always MoE
+        self.shared_head = SharedHead(config)
+
+    def combine(self, next_embedding: Tensor, hidden: Tensor) -> Tensor:
+        """next_embedding: of the tokens at t + 1; hidden: trunk's output at t, after its final norm; both (b, t, h)."""
+        return self.eh_proj(torch.cat([self.enorm(next_embedding), self.hnorm(hidden)], dim=-1))
+
+
+@dataclass(frozen=True)
+class GLMOutput:
+    """`logits` (b, t, v); `hidden_states` (b, t, h) after the final norm; `mtp_logits` (b, t - 1, v) when asked for."""
+
+    logits: Tensor
+    hidden_states: Tensor
+    mtp_logits: Tensor | None = None
+
+
+class LossTotals(NamedTuple):
+    """What each part of the loss is averaged over: targets of the head, targets of the MTP layer, sequences. int64 scalars,
+    on the device; add those of all micro-batches and ranks, so that a split batch gives the gradient of the whole."""
+
+    lm: Tensor
+    mtp: Tensor
+    sequences: Tensor
+
+
+class Loss(NamedTuple):
+    """fp32 scalars: total = lm + mtp_weight * mtp + balance_weight * balance. Cross-entropies are in nats per target."""
+
+    total: Tensor
+    lm: Tensor
+    mtp: Tensor
+    balance: Tensor
+
+
+class GLM(nn.Module):
+    """GLM-4.5 for causal language modelling: trunk `model`, `lm_head`, and the MTP layer under `mtp` (None without one).
+
+    Works in training on any device and dtype, and on the meta device. Parameter names are those of `Glm4MoeForCausalLM`.
+    """
+
+    def __init__(self, config: GLMConfig):
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = MTP(config) if config.num_nextn_predict_layers else None
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        # Recompute each layer in the backward pass instead of keeping its activations.
+        self.activation_checkpointing = False
+        # Tokens given to each expert since the last `update_router_bias`, (MoE layers, E); the MTP layer's row is last.
+        load = torch.zeros(len(self.routers()), config.n_routed_experts, dtype=torch.int64)
+        self.register_buffer("expert_load", load, persistent=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draw all weights anew from torch's generator: matrices normal with `initializer_range`, norms 1, biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=self.config.initializer_range)
+        for router in self.routers():
+            router.e_score_correction_bias.zero_()
+        self.expert_load.zero_()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu") -> "GLM":
+        """Read a Hugging Face folder; see `minglm.checkpoint.load_model`."""
+        from minglm.checkpoint import load_model  # the one import that looks upwards: for the name users expect here
+
+        return load_model(folder, dtype=dtype, device=device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a Hugging Face folder; see `minglm.checkpoint.save_model`."""
+        from minglm.checkpoint import save_model
+
+        save_model(self, folder)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        mtp: bool = False,
+    ) -> GLMOutput:
+        """input_ids (b, t) int64 -> `GLMOutput`.
+
+        document_ids (b, t) int: tokens see only their own document; -1 marks padding. cache: the tokens continue those that
+        it holds. mtp: also the MTP layer's logits, whose position t predicts token t + 2. Raises `ValueError` for ids
+        outside the vocabulary (on CPU), for `mtp` without an MTP layer, or for document_ids together with a cache.
+        """
+        self._check(input_ids, document_ids, cache, mtp)
+        hidden, _ = self._run_trunk(input_ids, document_ids, cache)
+        mtp_logits = None
+        if mtp:
+            mtp_hidden, _ = self._run_mtp(hidden, input_ids, document_ids)
+            mtp_logits = self.lm_head(mtp_hidden)
+        return GLMOutput(self.lm_head(hidden), hidden, mtp_logits)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        document_ids: Tensor | None = None,
+        mtp_weight: float = 0.3,
+        balance_weight: float = 1e-4,
+        totals: LossTotals | None = None,
+        detach_trunk: bool = False,
+    ) -> Loss:
+        """The training loss (report, section 2.2). No logits of the whole batch are ever held.
+
+        input_ids, labels, document_ids (b, t); labels are already shifted (labels[t] is token t + 1), -100 is ignored. The
+        MTP loss at t predicts labels[t + 1], where t and t + 1 are of one document. The balance loss is summed over MoE
+        layers and averaged over sequences. `totals`: the denominators, from `count_targets` over the whole step; None means
+        this batch alone. `detach_trunk` keeps the MTP loss out of the trunk, as RL wants it (SkyRL#1832).
+        In training mode, `expert_load` grows by the tokens that each expert was given.
+        """
+        self._check(input_ids, document_ids, None, False)
+        if labels.shape != input_ids.shape:
+            raise ValueError(f"labels have shape {tuple(labels.shape)}: wanted input_ids' {tuple(input_ids.shape)}")
+        totals = self.count_targets(labels, document_ids) if totals is None else totals
+        hidden, statistics = self._run_trunk(input_ids, document_ids, None)
+        lm = self._cross_entropy(hidden, labels) / totals.lm.clamp(min=1)
+        mtp = torch.zeros_like(lm)
+        if self.mtp is not None and input_ids.shape[1] > 1:
+            trunk = hidden.detach() if detach_trunk else hidden
+            mtp_hidden, mtp_statistics = self._run_mtp(trunk, input_ids, document_ids)
+            statistics.append(mtp_statistics)
+            mtp = self._cross_entropy(mtp_hidden, self._mtp_labels(labels, document_ids)) / totals.mtp.clamp(min=1)
+        balance = torch.zeros_like(lm)
+        if statistics:
+            balance = torch.stack([s.balance for s in statistics]).sum() / totals.sequences.clamp(min=1)
+            if self.training:
+                self.expert_load[: len(statistics)] += torch.stack([s.load for s in statistics])
+        return Loss(lm + mtp_weight * mtp + balance_weight * balance, lm, mtp, balance)
+
+    def count_targets(self, labels: Tensor, document_ids: Tensor | None = None) -> LossTotals:
+        """The denominators of `loss` for labels and document_ids (b, t); add them up over the micro-batches of a step."""
+        mtp = (self._mtp_labels(labels, document_ids) != -100).sum()
+        real = torch.ones_like(labels, dtype=torch.bool) if document_ids is None else document_ids >= 0
+        return LossTotals((labels != -100).sum(), mtp, real.any(1).sum())
+
+    @torch.no_grad()
+    def update_router_bias(self, rate: float) -> Tensor:
+        """Loss-free balancing, once an optimiser step: bias += rate * sign(mean load - load), then the counts restart.
+
+        A layer whose router is frozen keeps its bias (Megatron-LM#4785). Under data parallelism sum `expert_load` over the
+        ranks first. Returns the maximal violation of each MoE layer, max load / mean load - 1, fp32 (layers,).
+        """
+        load = self.expert_load.double()  # counts are exact in double, not in bf16 (Megatron-LM#7081)
+        mean = load.mean(1, keepdim=True)
+        steps = (rate * torch.sign(mean - load)).float()
+        for router, step in zip(self.routers(), steps, strict=True):
+            if router.weight.requires_grad:
+                router.e_score_correction_bias += step
+        max_violation = load.amax(1) / mean[:, 0].clamp(min=1e-9) - 1
+        self.expert_load.zero_()
+        return max_violation.float()
+
+    def routers(self) -> list[Router]:
+        """The routers of all MoE layers in order; the MTP layer's is last."""
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def _check(self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None, mtp: bool) -> None:
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}: wanted (batch, sequence)")
+        # Looking at the values would make the host wait for another device, so only the CPU looks.
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = input_ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"input_ids hold {low} to {high}: wanted 0 to {self.config.vocab_size - 1}, the vocabulary")
+        if document_ids is not None and document_ids.shape != input_ids.shape:
+            raise ValueError(f"document_ids have shape {tuple(document_ids.shape)}: wanted {tuple(input_ids.shape)}")
+        if document_ids is not None and cache is not None:
+            raise ValueError("document_ids and a KV cache cannot be used together")
+        if mtp and self.mtp is None:
+            raise ValueError("mtp=True, but this model has no MTP layer (num_nextn_predict_layers = 0, or not in its folder)")
+        if mtp and cache is not None:
+            raise ValueError("mtp=True and a KV cache cannot be used together")
+
+    def _run_trunk(
+        self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, list[RouterStatistics]]:
+        """-> the states after the final norm (b, t, h), and the statistics of the MoE layers."""
+        h = self.model.embed_tokens(input_ids)
+        start, t = (0 if cache is None else cache.length), input_ids.shape[1]
+        positions = torch.arange(start, start + t, device=h.device)
+        rotary = Rotary.at(positions, self.config)
+        visible = None if document_ids is None else ops.document_mask(document_ids)
+        if cache is not None and t > 1:  # several queries behind the cached keys: causal from the position of each
+            keys = torch.arange(start + t, device=h.device)
+            visible = rearrange(positions[:, None] >= keys, "t s -> 1 1 t s")
+        real = None if document_ids is None else document_ids >= 0
+        statistics = []
+        for layer in self.model.layers:
+            h, layer_statistics = self._run_layer(layer, h, rotary, visible, real, cache)
+            if layer_statistics is not None:
+                statistics.append(layer_statistics)
+        if cache is not None:
+            cache.length += t
+        return self.model.norm(h), statistics
+
+    def _run_mtp(
+        self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None
+    ) -> tuple[Tensor, RouterStatistics]:
+        """hidden (b, t, h) from the trunk -> the MTP layer's normed states (b, t - 1, h), and its statistics."""
+        x = self.mtp.combine(self.model.embed_tokens(input_ids[:, 1:]), hidden[:, :-1])
+        # Only differences of positions matter to RoPE, so the shift by one token needs no care.
+        rotary = Rotary.at(torch.arange(x.shape[1], device=x.device), self.config)
+        # A document's last position mixes in the first token of the next one. No target hangs on it, and its own document
+        # has no later token that could attend to it.
+        visible = None if document_ids is None else ops.document_mask(document_ids[:, :-1])
+        real = None if document_ids is None else (document_ids[:, :-1] >= 0) & (document_ids[:, 1:] >= 0)
+        h, statistics = self._run_layer(self.mtp.layer, x, rotary, visible, real, None)
+        return self.mtp.shared_head.norm(h), statistics
+
+    def _run_layer(self, layer: DecoderLayer, *inputs) -> tuple[Tensor, RouterStatistics | None]:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Summed over targets: hidden (b, t, h), labels (b, t)."""
+        return ops.linear_cross_entropy(
+            rearrange(hidden, "b t h -> (b t) h"), self.lm_head.weight, rearrange(labels, "b t -> (b t)")
+        )
+
+    @staticmethod
+    def _mtp_labels(labels: Tensor, document_ids: Tensor | None) -> Tensor:
+        """Targets of the MTP layer (b, t - 1): labels of the next position, unless that is in another document."""
+        shifted = labels[:, 1:]
+        if document_ids is None:
+            return shifted
+        return shifted.masked_fill(document_ids[:, 1:] != document_ids[:, :-1], -100)
