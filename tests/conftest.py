@@ -1,0 +1,15 @@
+"""Settings for every test: one thread a worker, and hypothesis without its deadline (these machines are noisy)."""
+
+import os
+
+import torch
+from hypothesis import settings
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+# The same examples every time: a red run can be repeated. `--hypothesis-profile=explore` looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("explore", deadline=None, max_examples=500)
+settings.load_profile("repeatable")
