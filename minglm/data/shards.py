@@ -1,0 +1,366 @@
+"""Documents tokenised once, into files that training maps into memory.
+
+A prepared folder holds, for each split ("train", "held_out"):
+
+    train-00000.bin, ...    the tokens of the documents, one after the other; each document ends in <|endoftext|>
+    train-offsets.npy       int64 (documents + 1,): where in the split each document starts
+    train-domains.npy       uint8 (documents,): index into the manifest's list of domains
+
+and `manifest.json`: what was read, with which tokenizer, and size and SHA-256 of every file.
+
+    dataset = prepare(default_documents(), tokenizer, "runs/first/data")   # at once if it was prepared before
+    dataset = open_dataset("runs/first/data", tokenizer)
+"""
+
+import hashlib
+import io
+import json
+import os
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from minglm.checkpoint import write_folder_atomically
+from minglm.data.sources import HELD_OUT, TRAIN, Corpus, DataError, Document, split_documents
+from minglm.tokenizer import Tokenizer
+
+FORMAT_VERSION = 1  # raise it when the files, or what `sources` makes of the same packages, change
+MANIFEST = "manifest.json"
+SPLITS = (TRAIN, HELD_OUT)
+
+_BATCH_CHARACTERS = 1_000_000  # tokenised at a time: enough to keep all threads busy
+_PIECE_CHARACTERS = 100_000
+_CUT = re.compile(r"\n(?=\S)")
+
+
+class DatasetError(ValueError):
+    """A prepared folder that cannot be used. The message names the file, what was found and wanted."""
+
+
+class VocabularyMismatch(DatasetError):
+    """The folder's tokens are of another tokenizer than the one in use."""
+
+
+# ---- reading
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of one split, in the order they were read. Positions count tokens from the split's first one."""
+
+    shards: tuple[np.ndarray, ...]  # memory-mapped, uint16 or uint32
+    shard_starts: np.ndarray  # int64 (shards,): position of each shard's first token
+    offsets: np.ndarray  # int64 (documents + 1,): document i is the positions offsets[i] to offsets[i + 1]
+    domains: np.ndarray  # uint8 (documents,)
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.domains)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 (documents,)."""
+        return np.diff(self.offsets)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    def tokens_at(self, positions: np.ndarray) -> np.ndarray:
+        """Tokens at `positions` (int64, any shape); int64 of the same shape."""
+        tokens = np.empty(positions.shape, np.int64)
+        which = np.searchsorted(self.shard_starts, positions, side="right") - 1
+        for index in np.unique(which):
+            inside = which == index
+            tokens[inside] = self.shards[index][positions[inside] - self.shard_starts[index]]
+        return tokens
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document, int64 (tokens,), <|endoftext|> at the end."""
+        return self.tokens_at(np.arange(self.offsets[index], self.offsets[index + 1]))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A prepared folder, opened."""
+
+    folder: Path
+    manifest: Mapping[str, object]
+    splits: Mapping[str, Split]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex; equal where texts, splits, domains and tokenizer are, into however many shards they were written."""
+        contents = [self.manifest["tokenizer"]["fingerprint"], self.domains]
+        for split in SPLITS:
+            contents.append(self.manifest["splits"][split]["sha256"])
+            contents.append(self.manifest["files"][f"{split}-domains.npy"]["sha256"])
+        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return self.manifest["tokenizer"]["vocab_size"]
+
+    @property
+    def end_of_document_id(self) -> int:
+        return self.manifest["tokenizer"]["end_of_document_id"]
+
+    @property
+    def domains(self) -> list[str]:
+        return self.manifest["domains"]
+
+
+def open_dataset(folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Dataset:
+    """Open what `prepare` wrote. Tokens stay on disk until they are used.
+
+    Raises:
+        DatasetError: no readable manifest, another format version, a file missing or of another size than the
+            manifest says, or files that contradict each other.
+        VocabularyMismatch: `tokenizer` is given, and is another one than the tokens were made with.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder)
+    if tokenizer is not None and manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
+        found = manifest["tokenizer"]
+        raise VocabularyMismatch(
+            f"{folder / MANIFEST}: tokens of a tokenizer with fingerprint {found['fingerprint'][:12]} and "
+            f"{found['vocab_size']} ids; wanted {tokenizer.fingerprint[:12]} and {tokenizer.vocab_size} ids. "
+            "Use the tokenizer that the data was prepared with, or prepare it again in another folder"
+        )
+    for name, entry in manifest["files"].items():
+        size = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if size != entry["bytes"]:
+            found = "no such file" if size is None else f"{size} bytes"
+            raise DatasetError(
+                f"{folder / name}: found {found}, wanted {entry['bytes']} bytes by {MANIFEST}; "
+                "delete the folder and prepare it again"
+            )
+    return Dataset(folder, manifest, {split: _open_split(folder, split, manifest) for split in SPLITS})
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DatasetError(f"{path}: no such file; wanted a folder written by minglm.data.shards.prepare") from error
+    except ValueError as error:
+        raise DatasetError(f"{path}: not JSON ({error}); delete the folder and prepare it again") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise DatasetError(
+            f"{path}: format_version is {version!r}, wanted {FORMAT_VERSION}; delete the folder and prepare it again"
+        )
+    return manifest
+
+
+def _open_split(folder: Path, split: str, manifest: dict) -> Split:
+    dtype = np.dtype(manifest["token_dtype"])
+    names = manifest["splits"][split]["shards"]
+    shards = tuple(np.asarray(np.memmap(folder / name, dtype, mode="r")) for name in names)
+    ends = np.cumsum([0, *map(len, shards)])
+    offsets = np.asarray(np.load(folder / f"{split}-offsets.npy", mmap_mode="r"))
+    domains = np.asarray(np.load(folder / f"{split}-domains.npy", mmap_mode="r"))
+    if offsets[-1] != ends[-1] or len(offsets) != len(domains) + 1:
+        raise DatasetError(
+            f"{folder}: the {split} shards hold {ends[-1]} tokens, {split}-offsets.npy counts {offsets[-1]}; "
+            f"{len(offsets) - 1} documents have an offset, {len(domains)} a domain; wanted equal numbers"
+        )
+    return Split(shards, ends[:-1], offsets, domains)
+
+
+# ---- writing
+
+
+def prepare(
+    documents: Corpus | Iterable[Document],
+    tokenizer: Tokenizer,
+    folder: str | os.PathLike[str],
+    shard_tokens: int = 2**27,
+    progress: bool = True,
+) -> Dataset:
+    """Split and tokenise `documents` into `folder`, or open the folder if it was prepared from the same before.
+
+    The same means: equal `Corpus.identity` (package versions, or a hash of own text) and equal tokenizer; the documents
+    are not read for it. The folder appears under its name only when it is complete.
+
+    Args:
+        shard_tokens: a shard is closed by the first document that takes it to this many tokens.
+        progress: say what is done, and draw a bar with the bytes of text tokenised.
+
+    Raises:
+        DatasetError: the folder holds something else: it is never overwritten.
+        DataError: no documents, or text that cannot be read (`minglm.data.sources`).
+        CheckpointError: the disk is full.
+    """
+    corpus = documents if isinstance(documents, Corpus) else Corpus.from_documents(documents)
+    folder = Path(folder)
+    identity = {"documents": corpus.identity, "tokenizer": tokenizer.fingerprint}
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        _check_prepared_from(identity, _read_manifest(folder)["identity"], folder)
+        if progress:
+            print(f"data: {folder} was prepared from these documents before and is used again")
+        return open_dataset(folder, tokenizer)
+    with write_folder_atomically(folder) as aside:
+        _write(corpus, tokenizer, aside, identity, shard_tokens, progress)
+    return open_dataset(folder, tokenizer)
+
+
+def _check_prepared_from(wanted: dict, found: dict, folder: Path) -> None:
+    differences = list(_differences(found, json.loads(json.dumps(wanted))))
+    if differences:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise DatasetError(
+            f"{folder} was prepared from something else and is not overwritten; delete it or name another folder. "
+            + "; ".join(differences[:5])
+            + more
+        )
+
+
+def _differences(found: object, wanted: object, key: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for name in sorted(found.keys() | wanted.keys()):
+            yield from _differences(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+    elif found != wanted:
+        yield f"{key}: found {found!r}, wanted {wanted!r}"
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, identity: dict, shard_tokens: int, progress: bool) -> None:
+    """Tokenise everything into `folder`, the manifest last."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+    sources: dict[str, _Tally] = {}
+    domains: list[str] = []
+    with ExitStack() as stack:
+        bar = stack.enter_context(tqdm(desc="tokenise", unit="B", unit_scale=True, disable=not progress))
+        writers = {split: stack.enter_context(closing(_SplitWriter(folder, split, shard_tokens))) for split in SPLITS}
+        for batch in _batches(split_documents(corpus)):
+            encoded = _encode([document.text for _, document in batch], tokenizer)
+            for (split, document), ids in zip(batch, encoded, strict=True):
+                if document.domain not in domains:
+                    domains.append(document.domain)
+                text = document.text.encode()
+                tokens = np.array([*ids, tokenizer.end_of_document_id], dtype)
+                writers[split].add(text, tokens, domains.index(document.domain))
+                sources.setdefault(document.source, _Tally()).add(text, tokens)
+                bar.update(len(text))
+        if not sources:
+            raise DataError("there are no documents to prepare")
+        for writer in writers.values():
+            writer.finish()
+
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "identity": identity,
+        "tokenizer": {
+            "fingerprint": tokenizer.fingerprint,
+            "vocab_size": tokenizer.vocab_size,
+            "end_of_document_id": tokenizer.end_of_document_id,
+        },
+        "token_dtype": dtype.name,
+        "domains": domains,
+        "sources": {name: tally.summary() for name, tally in sources.items()},
+        "splits": {split: {**writer.tally.summary(), "shards": writer.shards} for split, writer in writers.items()},
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256_of_file(path)} for path in sorted(folder.iterdir())
+        },
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+
+
+def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[str, Document]]]:
+    batch, characters = [], 0
+    for split, document in documents:
+        batch.append((split, document))
+        characters += len(document.text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of each text. Long texts are encoded in pieces, so that one big file keeps all threads busy, too."""
+    pieces = [list(_pieces(text)) for text in texts]
+    encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(pieces)), os.cpu_count() or 1))
+    return [list(chain.from_iterable(islice(encoded, len(parts)))) for parts in pieces]
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut after a newline before a character that is no space: no token of `minglm.tokenizer.PATTERN` crosses it."""
+    start = 0
+    while cut := _CUT.search(text, start + _PIECE_CHARACTERS):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
+
+
+def _sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass
+class _Tally:
+    """How much was read, and the SHA-256 over the SHA-256 of each text."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    sha256: "hashlib._Hash" = field(default_factory=hashlib.sha256)
+
+    def add(self, text: bytes, tokens: np.ndarray) -> None:
+        self.documents += 1
+        self.bytes += len(text)
+        self.tokens += len(tokens)
+        self.sha256.update(hashlib.sha256(text).digest())
+
+    def summary(self) -> dict[str, object]:
+        return {**vars(self), "sha256": self.sha256.hexdigest()}
+
+
+class _SplitWriter:
+    """Writes the files of one split: shard after shard, then the documents' offsets and domains."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int):
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.tally = _Tally()
+        self.shards: list[str] = []
+        self.offsets = array("q", [0])
+        self.domains = array("B")
+        self.file: BinaryIO | None = None  # the shard being written
+        self.room = 0  # tokens that it still takes
+
+    def add(self, text: bytes, tokens: np.ndarray, domain: int) -> None:
+        if self.file is None:
+            self.shards.append(f"{self.split}-{len(self.shards):05}.bin")
+            self.file = (self.folder / self.shards[-1]).open("wb")
+            self.room = self.shard_tokens
+        self.file.write(tokens)
+        self.room -= len(tokens)
+        if self.room <= 0:
+            self.close()
+        self.tally.add(text, tokens)
+        self.offsets.append(self.offsets[-1] + len(tokens))
+        self.domains.append(domain)
+
+    def finish(self) -> None:
+        self.close()
+        for name, values in (("offsets", self.offsets), ("domains", self.domains)):
+            # np.save straight into a file reports a full disk without saying that it is one.
+            npy = io.BytesIO()
+            np.save(npy, np.asarray(values))
+            (self.folder / f"{self.split}-{name}.npy").write_bytes(npy.getvalue())
+
+    def close(self) -> None:
+        file, self.file = self.file, None
+        if file is not None:
+            file.close()
