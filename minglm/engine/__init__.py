@@ -1,0 +1,1 @@
+"""Inference: from a prompt to the text that follows it."""
