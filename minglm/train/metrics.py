@@ -1,0 +1,70 @@
+"""`metrics.jsonl`: one JSON object a line, each with the `step` after which it was taken and a `kind`.
+
+    step      one optimiser step: losses, gradient norm, learning rate, MaxVio of each MoE layer, ...
+    held_out  loss and bits per byte on held-out documents
+    router    each expert's share of the step's tokens, and its selection bias, by layer
+    sample    text that the model wrote
+
+The keys in `WALL_CLOCK` differ from run to run; everything else is the same to the bit when the same recipe runs again on
+the same machine, however often it was killed and resumed.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WALL_CLOCK = ("seconds", "tokens_per_second")
+
+
+class MetricsError(ValueError):
+    """A metrics file that cannot be read or written. The message names the file, and what is wrong."""
+
+
+class MetricsFile:
+    """Appends to a `metrics.jsonl`; each record is on disk when `write` returns."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def cut_back(self, step: int) -> None:
+        """Forget what was recorded after `step`, and a last line that was cut off when its writer was killed."""
+        if not self.path.exists():
+            return
+        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
+        kept = [line for number, line in enumerate(lines, 1) if _parse(line, self.path, number)["step"] <= step]
+        aside = self.path.with_name(self.path.name + ".cut-back")
+        aside.write_bytes(b"".join(line + b"\n" for line in kept))
+        os.replace(aside, self.path)
+
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """Append records. Raises ValueError for NaN or infinity, which JSON does not have, MetricsError for a full disk."""
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(lines)
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint must never be newer than the metrics that lead up to it
+        except OSError as error:
+            raise MetricsError(
+                f"{self.path}: cannot be written: {error.strerror}. No checkpoint is lost; the same command goes on "
+                "from the newest one when this is put right"
+            ) from error
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All records of a `metrics.jsonl`, in order. Raises MetricsError for a line that is no record."""
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")[:-1]
+    return [_parse(line, path, number) for number, line in enumerate(lines, 1)]
+
+
+def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if isinstance(record, dict) and isinstance(record.get("step"), int) and isinstance(record.get("kind"), str):
+        return record
+    raise MetricsError(f"{path}, line {number}: found {line[:60]!r}; wanted a JSON object with a step and a kind")

@@ -1,0 +1,367 @@
+"""The training loop: stream, losses, gradients, optimiser, router balance; held-out loss, samples and checkpoints.
+
+`train` runs a recipe in a run folder (report, sections 2.2 to 2.4). Whatever happens to the process, the same command
+goes on from the newest checkpoint and ends with the same bits as a run to which nothing happened.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minglm import ops
+from minglm.checkpoint import load_model, save_model, write_folder_atomically
+from minglm.data.shards import Dataset
+from minglm.data.sources import TRAIN
+from minglm.data.stream import TokenStream, held_out_batches
+from minglm.model import GLM, DecoderLayer, LossTotals
+from minglm.optim import build_optimizer
+from minglm.tokenizer import Tokenizer
+from minglm.train.device import Device, choose_device
+from minglm.train.held_out import evaluate_held_out
+from minglm.train.metrics import MetricsFile, read_metrics
+from minglm.train.plots import plot_overview
+from minglm.train.prefetch import Prefetcher
+from minglm.train.preparation import encode_prompts, prepare_data
+from minglm.train.recipe import Recipe, resolve_paths
+from minglm.train.run_folder import STATE, RunFolder
+from minglm.train.schedule import learning_rate_factor, micro_batches_at
+from minglm.train.stop import StopRequest
+
+# Metrics stay on the device until so many seconds have passed, so that no step makes the host wait for the device.
+READ_EVERY_SECONDS = 1.0
+DRAW_EVERY_SECONDS = 60.0  # plots, after a checkpoint; drawing takes a second
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss, gradient or weight is not finite. The message says which, at which step, and which checkpoint is good."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How `train` ended: the steps done, the newest checkpoint, and the signal that stopped it (None: it is finished)."""
+
+    step: int
+    checkpoint: Path
+    stopped_by: Signals | None
+
+
+def train(
+    recipe: Recipe, run_folder: str | Path, generate: Callable[..., list[list[int]]] | None = None, must_resume: bool = False
+) -> Outcome:
+    """Train by `recipe` in `run_folder`, going on from its newest checkpoint if it has any.
+
+    generate: what writes the samples, `minglm.engine.generate.generate`; without it there are none. (Engines build on this
+    room, so it does not import them.) must_resume: refuse to start at the beginning.
+
+    SIGINT or SIGTERM: the step is finished and saved, and the outcome says so; a second one ends the process at once.
+
+    Raises `ConfigError` for a recipe that does not fit the machine, its own data or the run folder, `TrainingDiverged`,
+    and what `minglm.data`, `minglm.tokenizer` and `minglm.checkpoint` raise for files that cannot be used.
+    """
+    recipe = resolve_paths(recipe)
+    folder = RunFolder(run_folder)
+    device = choose_device(recipe.hardware)
+    checkpoint = folder.open(recipe, must_resume)
+    print(f"run folder: {folder.path} (recipe, metrics, plots, checkpoints)")
+    print(f"device: {device}")
+    tokenizer, dataset = prepare_data(recipe, folder.path)
+    with ExitStack() as stack:
+        stack.enter_context(ops.using(recipe.hardware.gear))
+        stop = stack.enter_context(StopRequest())
+        trainer = stack.enter_context(closing(Trainer(recipe, folder, device, tokenizer, dataset, checkpoint, generate)))
+        return trainer.run(stop)
+
+
+class Trainer:
+    """One run: the model, its optimiser, its place in the data, and the steps done so far."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        device: Device,
+        tokenizer: Tokenizer,
+        dataset: Dataset,
+        checkpoint: Path | None = None,
+        generate: Callable[..., list[list[int]]] | None = None,
+    ):
+        """At the beginning, or as of `checkpoint`."""
+        training = recipe.training
+        self.recipe, self.folder, self.device, self.tokenizer = recipe, folder, device, tokenizer
+        self.generate = generate
+        self.step = self.tokens = 0
+        self.seconds_before = 0.0  # that this run took in processes which were stopped or killed
+
+        torch.manual_seed(recipe.seed)
+        model = GLM(recipe.model) if checkpoint is None else load_model(checkpoint)
+        self.model = model.to(device.torch_device).train()
+        self.model.activation_checkpointing = recipe.hardware.activation_checkpointing
+        self.optimizer = build_optimizer(
+            self.model,
+            recipe.optimizer.learning_rate,
+            kind=recipe.optimizer.kind,
+            momentum=recipe.optimizer.momentum,
+            betas=recipe.optimizer.betas,
+            weight_decay=recipe.optimizer.weight_decay,
+        )
+        stream = TokenStream(dataset, TRAIN, training.sequence_length, recipe.seed)
+        held_out = held_out_batches(
+            dataset, training.sequence_length, training.sequences_per_micro_batch, recipe.evaluation.tokens
+        )
+        self.held_out = list(held_out)
+        self.byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths()).to(device.torch_device)
+        self.prompts = encode_prompts(recipe.samples.prompts, tokenizer)
+
+        self.metrics = MetricsFile(folder.metrics)
+        self.unread: list[tuple[dict[str, Any], Tensor]] = []  # records of steps whose numbers are still on the device
+        self.expert_load: Tensor | None = None  # of the last step
+        self.bits_per_byte = math.nan
+        if checkpoint is not None:
+            self._restore(checkpoint, stream)
+        self._describe(stream.sequences_per_epoch)
+        self.stream = Prefetcher(stream, training.sequences_per_micro_batch, device.torch_device)
+        if recipe.hardware.compile:
+            for module in self.model.modules():
+                if isinstance(module, DecoderLayer):
+                    module.compile()
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def run(self, stop: StopRequest) -> Outcome:
+        """Train to the last step, or until `stop` has a signal."""
+        recipe, last = self.recipe, self.recipe.training.steps
+        stopped_by = None
+
+        def due(every: int) -> bool:
+            return self.step == last or (every > 0 and self.step % every == 0)
+
+        self.start = time.perf_counter() - self.seconds_before
+        self.read_at = self.drawn_at = self.seconds_before
+        interval = 0.5 if sys.stderr.isatty() else 10  # a log file needs no animation
+        with tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as self.bar:
+            if self.step == 0:
+                self.evaluate()
+            while self.step < last and stopped_by is None:
+                self.train_step()
+                if self.step < last:
+                    stopped_by = stop.signal
+                if due(recipe.evaluation.every):
+                    self.evaluate()
+                if self.generate is not None and due(recipe.samples.every):
+                    self.write_samples()
+                if due(recipe.checkpoints.every) or stopped_by is not None:
+                    self.save()
+                    if self._seconds() - self.drawn_at > DRAW_EVERY_SECONDS:
+                        self.draw()
+                if self._seconds() - self.read_at > READ_EVERY_SECONDS:
+                    self.read_metrics()
+        self.draw()
+        return Outcome(self.step, self.folder.checkpoint(self.step), stopped_by)
+
+    def train_step(self) -> None:
+        """One optimiser step. Nothing in it makes the host wait for the device."""
+        training = self.recipe.training
+        self.step += 1
+        batches = [self.stream.next() for _ in range(self._micro_batches(self.step))]
+        # Each micro-batch is divided by what the whole step holds, so that together they are exactly one big batch.
+        counts = [self.model.count_targets(batch.labels, batch.document_ids) for batch in batches]
+        totals = LossTotals(*(torch.stack(count).sum() for count in zip(*counts, strict=True)))
+        losses = torch.zeros(4, device=self.device.torch_device)
+        for batch in batches:
+            with self.device.autocast():
+                loss = self.model.loss(
+                    batch.input_ids,
+                    batch.labels,
+                    batch.document_ids,
+                    mtp_weight=training.mtp_weight,
+                    balance_weight=training.balance_weight,
+                    totals=totals,
+                )
+            loss.total.backward()
+            losses += torch.stack(loss).detach()
+        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm or math.inf)
+        learning_rate = self._set_learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.expert_load = self.model.expert_load.clone()
+        max_violation = self.model.update_router_bias(training.router_bias_rate)
+
+        sequences = len(batches) * training.sequences_per_micro_batch
+        self.tokens += sequences * training.sequence_length
+        record = {"step": self.step, "kind": "step", "tokens": self.tokens, "sequences": sequences}
+        record["learning_rate"] = learning_rate
+        self.unread.append((record, torch.cat([losses, gradient_norm[None], max_violation])))
+
+    def evaluate(self) -> None:
+        """Record the held-out loss, and how the experts are used."""
+        self.read_metrics()
+        held_out = evaluate_held_out(self.model, self.held_out, self.byte_lengths, self.device)
+        if not math.isfinite(held_out.loss):
+            raise self._diverged(self.step, f"held-out loss not finite ({held_out.loss})")
+        self.bits_per_byte = held_out.bits_per_byte
+        self.metrics.write({"step": self.step, "kind": "held_out", **asdict(held_out), "seconds": self._seconds()})
+        if self.expert_load is not None and len(self.expert_load):
+            share = self.expert_load / self.expert_load.sum(1, keepdim=True)
+            bias = torch.stack([router.e_score_correction_bias for router in self.model.routers()])
+            router = {"expert_share": share.tolist(), "bias": bias.tolist()}
+            self.metrics.write({"step": self.step, "kind": "router", **router})
+        self.read_at = self._seconds()  # not the training's time
+
+    def write_samples(self) -> None:
+        """Let the model continue each prompt, always with the same draws: what changes from sample to sample is the model."""
+        self.read_metrics()
+        samples = self.recipe.samples
+        for prompt, ids in self.prompts.items():
+            with self.device.autocast():
+                (written,) = self.generate(
+                    self.model,
+                    torch.tensor([ids], device=self.device.torch_device),
+                    samples.tokens,
+                    temperature=samples.temperature,
+                    top_p=samples.top_p,
+                    stop_ids=[self.tokenizer.end_of_document_id],
+                    vocab_size=self.tokenizer.vocab_size,
+                    generator=torch.Generator(self.device.torch_device).manual_seed(self.recipe.seed),
+                )
+            text = self.tokenizer.decode(written)
+            self.metrics.write({"step": self.step, "kind": "sample", "prompt": prompt, "text": text})
+            self.bar.write(f"--- step {self.step}: {prompt!r} continued\n{prompt}{text}\n")
+        self.read_at = self._seconds()  # not the training's time
+
+    def save(self) -> None:
+        """Write a checkpoint, and drop the oldest ones."""
+        self.read_metrics()
+        bad = [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
+        if bad:
+            raise self._diverged(self.step, f"{len(bad)} weight tensors not finite, {bad[0]} the first")
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self._seconds(),
+            "bits_per_byte": self.bits_per_byte,
+            "stream": self.stream.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
+        with write_folder_atomically(self.folder.checkpoint(self.step)) as aside:
+            save_model(self.model, aside)
+            self.tokenizer.save_pretrained(aside)
+            path = aside / STATE
+            path.parent.mkdir()
+            with path.open("wb") as file:
+                torch.save(state, file)
+        self.folder.prune(self.recipe.checkpoints.keep)
+        self.read_at = self._seconds()  # not the training's time
+
+    def draw(self) -> None:
+        """Redraw the plots from the metrics on disk."""
+        plot_overview(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
+        self.read_at = self.drawn_at = self._seconds()
+
+    def _restore(self, checkpoint: Path, stream: TokenStream) -> None:
+        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+        self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
+        self.bits_per_byte = state["bits_per_byte"]
+        stream.load_state_dict(state["stream"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        if len(state["cuda_rng"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.metrics.cut_back(self.step)
+        print(f"resuming: {checkpoint}")
+
+    def read_metrics(self) -> None:
+        """Fetch the numbers of the steps since the last time, check and write them, and show the newest."""
+        if not self.unread:
+            return
+        records, numbers = zip(*self.unread, strict=True)
+        self.unread = []
+        rows = torch.stack(numbers).tolist()  # the host waits for the device here
+        now = self._seconds()
+        seconds_each = (now - self.read_at) / len(records)
+        tokens_per_second = sum(r["sequences"] for r in records) * self.recipe.training.sequence_length / (now - self.read_at)
+        good = []
+        for record, (loss, lm, mtp, balance, gradient_norm, *max_violation) in zip(records, rows, strict=True):
+            parts = {"lm loss": lm, "mtp loss": mtp, "balance loss": balance, "gradient norm": gradient_norm}
+            if not all(map(math.isfinite, parts.values())):
+                self.metrics.write(*good)
+                bad = ", ".join(name for name, value in parts.items() if not math.isfinite(value))
+                found = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+                raise self._diverged(record["step"], f"{bad} not finite ({found})")
+            record |= {"loss": loss, "lm_loss": lm, "mtp_loss": mtp, "balance_loss": balance}
+            record |= {"gradient_norm": gradient_norm, "max_violation": max_violation}
+            record["seconds"] = self.read_at + seconds_each * (len(good) + 1)
+            record["tokens_per_second"] = tokens_per_second
+            good.append(record)
+        self.metrics.write(*good)
+        self.bar.set_postfix_str(
+            f"loss {good[-1]['loss']:.3f}, held-out {self.bits_per_byte:.3f} bits/byte, {tokens_per_second:,.0f} tokens/s",
+            refresh=False,
+        )
+        self.bar.update(len(good))
+        self.read_at = now
+
+    def _seconds(self) -> float:
+        """How long this run has taken, in this process and those before it."""
+        return time.perf_counter() - self.start
+
+    def _micro_batches(self, step: int) -> int:
+        training = self.recipe.training
+        return micro_batches_at(
+            step,
+            training.sequences_per_step // training.sequences_per_micro_batch,
+            training.first_sequences_per_step // training.sequences_per_micro_batch,
+            training.batch_warmup_steps,
+        )
+
+    def _set_learning_rate(self) -> float:
+        schedule = self.recipe.schedule
+        factor = learning_rate_factor(
+            self.step,
+            self.recipe.training.steps,
+            schedule.kind,
+            schedule.warmup_steps,
+            schedule.decay_steps,
+            schedule.final_fraction,
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = factor * group["initial_lr"]
+        return factor * self.recipe.optimizer.learning_rate
+
+    def _diverged(self, step: int, what: str) -> TrainingDiverged:
+        newest = self.folder.newest_checkpoint()
+        return TrainingDiverged(
+            f"step {step}: {what}. Nothing was saved since; the last good checkpoint is "
+            f"{newest or 'none: there was no save before'}. What may help, in another run folder: a lower "
+            f"optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}), a longer schedule.warmup_steps "
+            f"(now {self.recipe.schedule.warmup_steps})"
+        )
+
+    def _describe(self, sequences_per_epoch: int) -> None:
+        """Say what will be done."""
+        recipe, training = self.recipe, self.recipe.training
+        steps = range(1, training.steps + 1)
+        sequences = training.sequences_per_micro_batch * sum(map(self._micro_batches, steps))
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        print(
+            f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
+            f"{recipe.model.n_routed_experts} experts of which a token uses {recipe.model.num_experts_per_tok}, "
+            f"{'an' if self.model.mtp else 'no'} MTP layer, {self.tokenizer.vocab_size:,} token ids"
+        )
+        print(
+            f"training: {training.steps:,} steps of {training.sequences_per_step} sequences of "
+            f"{training.sequence_length} tokens, {sequences * training.sequence_length:,} tokens in all "
+            f"({sequences / sequences_per_epoch:.2f} times the data), {recipe.optimizer.kind}"
+        )
