@@ -16,7 +16,7 @@ from minglm.data.stream import StreamError, TokenStream, held_out_batches
 from minglm.model import GLM
 from minglm.tokenizer import train_tokenizer
 from minglm.train.device import Device, choose_device
-from minglm.train.held_out import evaluate_held_out
+from minglm.train.held_out import HeldOutError, evaluate_held_out
 from minglm.train.metrics import read_metrics
 from minglm.train.prefetch import Prefetcher
 from minglm.train.preparation import VocabularyError
@@ -216,7 +216,7 @@ def test_evaluation_leaves_mode_and_expert_counts_alone(prepared):
 
 def test_held_out_text_without_text_is_refused(prepared):
     tokenizer, dataset = prepared
-    with pytest.raises(ValueError, match="no text to predict"):
+    with pytest.raises(HeldOutError, match="no text to predict"):
         evaluate_held_out(GLM(MODEL), held_out_batches(dataset, 16, 2), torch.zeros(300, dtype=torch.int32), CPU)
 
 

@@ -13,6 +13,10 @@ from minglm.train.device import Device
 from minglm.train.prefetch import to_device
 
 
+class HeldOutError(ValueError):
+    """Held-out documents that cannot be used."""
+
+
 @dataclass(frozen=True)
 class HeldOutLoss:
     """Means over held-out tokens that stand for text: special tokens are neither predicted nor counted."""
@@ -27,7 +31,7 @@ def evaluate_held_out(model: GLM, batches: Iterable[Batch], byte_lengths: Tensor
     """byte_lengths (vocabulary,) int: bytes of text that each id stands for, 0 for special tokens, on the device.
 
     bits per byte = summed nats / ln 2 / bytes of the predicted tokens. The model's mode and expert counts stay. Raises
-    ValueError if no token stands for text.
+    HeldOutError if no token stands for text.
     """
     nats = mtp_nats = 0.0
     tokens = mtp_tokens = num_bytes = 0
@@ -48,7 +52,7 @@ def evaluate_held_out(model: GLM, batches: Iterable[Batch], byte_lengths: Tensor
         num_bytes += lengths[is_text].sum().item()
     model.train(was_training)
     if not num_bytes:
-        raise ValueError("the held-out tokens hold no text to predict; give more of them, or longer documents")
+        raise HeldOutError("the held-out tokens hold no text to predict; give more of them, or longer documents")
     return HeldOutLoss(
         loss=nats / tokens,
         mtp_loss=mtp_nats / mtp_tokens if mtp_tokens else None,

@@ -7,7 +7,15 @@ from pathlib import Path
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset, prepare
-from minglm.data.sources import TRAIN, Corpus, default_documents, documents_from_path, embedded_documents, split_documents
+from minglm.data.sources import (
+    TRAIN,
+    Corpus,
+    DataError,
+    default_documents,
+    documents_from_path,
+    embedded_documents,
+    split_documents,
+)
 from minglm.tokenizer import Tokenizer, train_tokenizer
 from minglm.train.recipe import Recipe
 
@@ -16,7 +24,7 @@ TOKENIZER_CHARACTERS = 2**28  # a tokenizer learns from so much text at most: mo
 
 
 class VocabularyError(ConfigError):
-    """A tokenizer with ids that the model has no row for."""
+    """A vocabulary that is too small: for the tokenizer's ids, or for any tokenizer."""
 
 
 def prepare_data(recipe: Recipe, run_folder: Path) -> tuple[Tokenizer, Dataset]:
@@ -57,10 +65,15 @@ def _get_tokenizer(recipe: Recipe, corpus: Corpus, folder: Path) -> Tokenizer:
         _check_trained_from(identity, folder)
         return _read_tokenizer(folder)
     print(f"tokenizer: {'collecting characters' if characters else 'learning byte pairs'} for {folder}")
-    if characters:  # of held-out documents, too: a character without an id could not be read at all
-        tokenizer = train_tokenizer((document.text for document in corpus), characters=True, show_progress=False)
-    else:
-        tokenizer = train_tokenizer(_training_texts(corpus), recipe.model.vocab_size, show_progress=False)
+    try:
+        if characters:  # of held-out documents, too: a character without an id could not be read at all
+            tokenizer = train_tokenizer((document.text for document in corpus), characters=True, show_progress=False)
+        else:
+            tokenizer = train_tokenizer(_training_texts(corpus), recipe.model.vocab_size, show_progress=False)
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise VocabularyError(f"model.vocab_size = {recipe.model.vocab_size}: {error}") from error
     with write_folder_atomically(folder) as aside:
         tokenizer.save_pretrained(aside)
         (Path(aside) / TRAINED_FROM).write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")

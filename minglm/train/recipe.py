@@ -227,11 +227,11 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
 
     Paths in the file start from its folder. Raises `ConfigError`, naming file and key, for whatever does not fit.
     """
-    path = _find("recipe", name_or_path, Path())
+    path = find_config("recipe", name_or_path)
     mapping = read_toml_mapping(path)
     model = mapping.get("model")
     if isinstance(model, str):
-        mapping["model"] = GLMConfig.from_toml(_find("model", model, path.parent))
+        mapping["model"] = GLMConfig.from_toml(find_config("model", model, path.parent))
     elif model is not None:
         mapping["model"] = GLMConfig.from_dict(model, where=f"{path}: model")
     recipe = build(Recipe, mapping, where=str(path))
@@ -257,8 +257,11 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=data, tokenizer=str(Path(recipe.tokenizer).resolve()) if own else recipe.tokenizer)
 
 
-def _find(kind: str, name_or_path: str | Path, folder: Path) -> Path:
-    """The file of a size or recipe: a path from `folder`, or a bare name of one in `configs`."""
+def find_config(kind: Literal["model", "recipe"], name_or_path: str | Path, folder: Path = Path()) -> Path:
+    """The TOML file of a model size or recipe: a path from `folder`, or the bare name of one in `configs/`.
+
+    Raises `ConfigError` that lists the names there are.
+    """
     path = folder / name_or_path
     if path.is_file():
         return path

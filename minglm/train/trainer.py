@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -103,7 +103,10 @@ class Trainer:
         self.seconds_before = 0.0  # that this run took in processes which were stopped or killed
 
         torch.manual_seed(recipe.seed)
-        model = GLM(recipe.model) if checkpoint is None else load_model(checkpoint)
+        # What other programs read from config.json: where the model's turn ends, and what fills up a batch.
+        ids = {"eos_token_id": list(tokenizer.end_of_turn_ids), "pad_token_id": tokenizer.end_of_document_id}
+        config = replace(recipe.model, unused={**recipe.model.unused, **ids})
+        model = GLM(config) if checkpoint is None else load_model(checkpoint)
         self.model = model.to(device.torch_device).train()
         self.model.activation_checkpointing = recipe.hardware.activation_checkpointing
         self.optimizer = build_optimizer(

@@ -1,0 +1,206 @@
+"""The command line: `python -m minglm [command]`. Without a command it is `demo`.
+
+Each command is a dataclass here (tyro makes the options of it) with the function that does it. torch is imported only by
+those that compute, so that `--help` answers at once.
+"""
+
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tyro.conf import Positional, arg, subcommand
+
+from minglm.config import ConfigError, GLMConfig
+from minglm.train.recipe import Recipe, find_config, load_recipe
+
+PROGRAM = "python -m minglm"
+DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without a command: demo."
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a small GLM-4.5 on the text that this Python installation holds: tokenizer, training, plots, samples.
+
+    About five minutes on two CPU cores. Run again, it goes on where it was stopped.
+    """
+
+    quick: bool = False
+    """A minute instead: only to see that everything works."""
+    run_folder: Path | None = None
+    """Where everything is written (runs/demo, or runs/quick)."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train by a recipe: a TOML file, or the name of one in configs/recipe.
+
+    Any key of the recipe can be overridden: --training.steps 100. Run again, it goes on from the newest checkpoint.
+    """
+
+    recipe_file: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """nano, tiny, mini or a path; runs/NAME/config.toml goes on with that run."""
+    recipe: Annotated[Recipe, arg(name="")]  # its options have no prefix
+    run_folder: Path | None = None
+    """Where everything is written (runs/ and the recipe's name)."""
+    resume: bool = False
+    """Refuse to start anew if there is no checkpoint to go on from."""
+
+
+@dataclass(frozen=True)
+class Params:
+    """What a model costs before anything is trained: parameters, FLOPs a token, memory, and the time to train it."""
+
+    model: Annotated[Positional[str], arg(metavar="MODEL")]
+    """The name of a size in configs/model, a TOML file, or a Hugging Face folder."""
+    sequence_length: int | None = None
+    """Of training, for the share of attention."""
+    tokens: int | None = None
+    """To train on, for the time; goes with --device-tflops."""
+    device_tflops: float | None = None
+    """What the devices together really reach, in 10^12 FLOPs a second."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Speed of a training step on this machine, beside transformers' model and our naive gear, as ratios."""
+
+    sizes: tuple[Literal["nano", "tiny"], ...] = ("nano", "tiny")
+    repeats: int | None = None
+    """Timed steps of each contestant (by default as many as the size needs)."""
+    out: Path | None = None
+    """Also append the numbers to this file, one JSON object a line."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Read a Hugging Face folder of this architecture (published, FP8, ours) and write it anew, shard by shard."""
+
+    source: Annotated[Positional[Path], arg(metavar="SOURCE")]
+    target: Annotated[Positional[Path], arg(metavar="TARGET")]
+    dtype: Literal["keep", "fp32", "bf16", "fp16"] = "keep"
+    """Of the weights; FP8 is dequantised in any case. Routing biases stay fp32 always."""
+    max_shard_gb: float = 5.0
+    """Size of a file at most, in GB."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code: 0, 1 for what went wrong on the way, 2 for what cannot be done as asked."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["demo", *arguments]
+    try:
+        command = _parse(arguments)
+        run = {Demo: run_demo, Train: run_train, Params: run_params, Bench: run_bench, Convert: run_convert}
+        return run[type(command)](command)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it can", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        is_ours = type(error).__module__.partition(".")[0] == "minglm"  # written for people to read
+        if not is_ours and not isinstance(error, OSError):
+            raise
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+
+
+def _parse(arguments: list[str]) -> Demo | Train | Params | Bench | Convert:
+    """After `train RECIPE`, that recipe's values are the defaults of the options; in plain `train --help`, nano's."""
+    name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
+    recipe = load_recipe("nano" if not name or name.startswith("-") else name)
+    commands = (
+        Annotated[Demo, subcommand("demo")]
+        | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
+        | Annotated[Params, subcommand("params")]
+        | Annotated[Bench, subcommand("bench")]
+        | Annotated[Convert, subcommand("convert")]
+    )
+    command = tyro.cli(commands, prog=PROGRAM, description=DESCRIPTION, args=arguments)
+    if isinstance(command, Train) and command.recipe_file != name:
+        raise ConfigError(f"train: found {name!r} first; wanted the recipe first and its options after it")
+    return command
+
+
+def run_demo(command: Demo) -> int:
+    name = "quick" if command.quick else "nano"
+    folder = command.run_folder or Path("runs", "quick" if command.quick else "demo")
+    print(f"demo: tokenizer, training by configs/recipe/{name}.toml, plots and samples; everything is written to {folder}\n")
+    return _train(load_recipe(name), folder, must_resume=False)
+
+
+def run_train(command: Train) -> int:
+    path = Path(command.recipe_file)
+    # A run's own config.toml goes on with that run.
+    folder = command.run_folder or (path.parent if path.name == "config.toml" else Path("runs", path.stem))
+    print(f"train: {command.recipe_file}; everything is written to {folder}\n")
+    return _train(command.recipe, folder, command.resume)
+
+
+def _train(recipe: Recipe, folder: Path, must_resume: bool) -> int:
+    from minglm.engine.generate import generate
+    from minglm.train.metrics import read_metrics
+    from minglm.train.run_folder import RunFolder
+    from minglm.train.trainer import train
+
+    outcome = train(recipe, folder, generate, must_resume)
+    run = RunFolder(folder)
+    if outcome.stopped_by is not None:
+        print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
+        print(f"to go on: {PROGRAM} train {run.config}")
+        return 128 + outcome.stopped_by
+    held_out = [record for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
+    first, last = (record["bits_per_byte"] for record in (held_out[0], held_out[-1]))
+    print(f"""
+held-out text: from {first:.3f} to {last:.3f} bits per byte in {held_out[-1]["seconds"]:,.0f} s
+
+made:
+  {run.overview}    plots: losses, bits per byte, how the experts are used
+  {outcome.checkpoint}    the model: a Hugging Face folder, with its tokenizer
+  {run.metrics}    every number
+  {run.config}    the recipe, with every default
+
+to try next:
+  {PROGRAM} train {run.config} --run-folder {folder}-adamw --optimizer.kind adamw
+  {PROGRAM} train nano --data.path YOUR_TEXT --run-folder runs/own-text
+  {PROGRAM} params configs/model/glm-4.5.toml
+  {PROGRAM} bench""")
+    return 0
+
+
+def run_params(command: Params) -> int:
+    from minglm.params import report
+
+    path = Path(command.model)
+    is_folder = path.is_dir() or path.suffix == ".json"
+    config = GLMConfig.from_pretrained(path) if is_folder else GLMConfig.from_toml(find_config("model", path))
+    try:
+        print(report(config, command.sequence_length, command.tokens, command.device_tflops))
+    except ValueError as error:
+        raise ConfigError(f"params: {error}") from error
+    return 0
+
+
+def run_bench(command: Bench) -> int:
+    from minglm.bench import main as bench
+
+    print(f"bench: a training step at {', '.join(command.sizes)}; close other programs, they cost every contestant")
+    bench(command.sizes, command.out, command.repeats)
+    return 0
+
+
+def run_convert(command: Convert) -> int:
+    import torch
+
+    from minglm.checkpoint import convert
+
+    dtypes = {"keep": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    print(f"convert: {command.source} is read shard by shard, {command.target} is written when all of it is there")
+    convert(command.source, command.target, dtypes[command.dtype], int(command.max_shard_gb * 1e9))
+    print(f"made: {command.target}, a Hugging Face folder that minglm, transformers, vLLM and SGLang read")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
