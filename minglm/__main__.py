@@ -50,6 +50,20 @@ class Train:
 
 
 @dataclass(frozen=True)
+class Ablate:
+    """Does it help? Every combination of some values of a recipe, over several seeds, with 95% intervals and curves."""
+
+    recipe_file: Annotated[Positional[str], arg(metavar="RECIPE")]
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """table.key=value,value,... as in the recipe; may be given several times."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    workers: int = 1
+    """Runs at a time, on equal shares of the cores."""
+    run_folder: Path | None = None
+    """Where everything is written (runs/ablate- and the recipe's name)."""
+
+
+@dataclass(frozen=True)
 class Params:
     """What a model costs before anything is trained: parameters, FLOPs a token, memory, and the time to train it."""
 
@@ -93,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = ["demo", *arguments]
     try:
         command = _parse(arguments)
-        run = {Demo: run_demo, Train: run_train, Params: run_params, Bench: run_bench, Convert: run_convert}
+        run = {Demo: run_demo, Train: run_train, Ablate: run_ablate, Params: run_params, Bench: run_bench, Convert: run_convert}
         return run[type(command)](command)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it can", file=sys.stderr)
@@ -106,13 +120,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Params | Bench | Convert:
+def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Convert:
     """After `train RECIPE`, that recipe's values are the defaults of the options; in plain `train --help`, nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
     commands = (
         Annotated[Demo, subcommand("demo")]
         | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
+        | Annotated[Ablate, subcommand("ablate")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
         | Annotated[Convert, subcommand("convert")]
@@ -166,6 +181,16 @@ to try next:
   {PROGRAM} train nano --data.path YOUR_TEXT --run-folder runs/own-text
   {PROGRAM} params configs/model/glm-4.5.toml
   {PROGRAM} bench""")
+    return 0
+
+
+def run_ablate(command: Ablate) -> int:
+    from minglm.train.ablation import ablate, report
+
+    folder = command.run_folder or Path("runs", f"ablate-{Path(command.recipe_file).stem}")
+    print(f"ablate: {command.recipe_file} with {len(command.seeds)} seeds; everything is written to {folder}\n")
+    results = ablate(load_recipe(command.recipe_file), command.vary, command.seeds, folder, command.workers)
+    print(f"\n{report(results)}\n\nmade: {folder / 'results.json'}, {folder / 'curves.png'}, and a run folder of each run")
     return 0
 
 

@@ -39,9 +39,9 @@ class GLMConfig:
     hidden_act: Literal["silu"] = "silu"
 
     # Attention. GLM-4.5 has 2.5 times the usual number of heads: heads * head_dim > hidden_size.
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 2
-    head_dim: int = 32
+    num_attention_heads: int = 5
+    num_key_value_heads: int = 1
+    head_dim: int = 64
     attention_bias: bool = True  # on q, k and v; never on o
     use_qk_norm: bool = True
     partial_rotary_factor: float = 0.5  # RoPE turns this part of each head
@@ -49,9 +49,9 @@ class GLMConfig:
     max_position_embeddings: int = 2048
 
     # Mixture of experts.
-    n_routed_experts: int = 16
-    num_experts_per_tok: int = 4
-    moe_intermediate_size: int = 64
+    n_routed_experts: int = 32
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 32
     n_shared_experts: int = 1
     n_group: int = 1
     topk_group: int = 1
@@ -97,6 +97,7 @@ class GLMConfig:
             "num_experts_per_tok",
             f"at most the {group_size * self.topk_group} experts of the chosen groups",
         )
+        self._require(self.initializer_range >= 0, "initializer_range", "0 or more")
         self._require(self.num_nextn_predict_layers in (0, 1), "num_nextn_predict_layers", "0 or 1, as in GLM-4.5")
 
     def _require(self, holds: bool, key: str, wanted: str) -> None:
@@ -144,12 +145,17 @@ class GLMConfig:
             raise ConfigError(f"{where}: attention_dropout = {keys['attention_dropout']!r}: wanted 0, GLM-4.5 has no dropout")
 
         rope = keys.pop("rope_parameters", None) or {}
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"{where}: rope_parameters = {rope!r}: wanted a table")
         rope_type = rope.get("rope_type", "default")
         if rope_type != "default" or keys.get("rope_scaling"):
-            raise ConfigError(f"{where}: rope_type = {rope_type!r}, rope_scaling = {keys.get('rope_scaling')!r}: only plain RoPE")
+            raise ConfigError(
+                f"{where}: rope_type = {rope_type!r}, rope_scaling = {keys.get('rope_scaling')!r}: only plain RoPE"
+            )
         keys.update({key: value for key, value in rope.items() if key != "rope_type"})
-        if head_dim_optional and not keys.get("head_dim") and {"hidden_size", "num_attention_heads"} <= keys.keys():
-            keys["head_dim"] = keys["hidden_size"] // keys["num_attention_heads"]
+        width, heads = keys.get("hidden_size"), keys.get("num_attention_heads")
+        if head_dim_optional and not keys.get("head_dim") and type(width) is type(heads) is int and heads > 0:
+            keys["head_dim"] = width // heads
 
         unused = {key: keys.pop(key) for key in sorted(_HF_UNUSED & keys.keys())}
         return build(cls, {**keys, "unused": unused}, where)
@@ -241,14 +247,15 @@ def _convert(wanted: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
     if (origin or wanted) in (dict, Mapping) and isinstance(value, Mapping):
-        return dict(value)
+        item_type = arguments[1] if arguments else Any
+        return {key: _convert(item_type, item, f"{where}: {key}") for key, item in value.items()}
     if wanted is type(None) and value is None:
         return None
     if wanted is Path and isinstance(value, str | Path):
         return Path(value)
     if wanted is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    if isinstance(wanted, type) and type(value) is wanted:
+    if isinstance(wanted, type) and wanted is not float and type(value) is wanted:
         return value
     raise ConfigError(f"{where} = {value!r}: wanted {_type_name(wanted)}")
 

@@ -9,7 +9,7 @@ What is unusual about this architecture:
 - one more layer that predicts the token after the next (multi-token prediction, MTP).
 
 Shapes: b batch, t sequence, h hidden, d head, v vocabulary. In routing code suffixes say the layout: N tokens, K experts
-per token, R = N * K rows sorted by expert, E experts, H hidden.
+per token, E experts, H hidden.
 """
 
 from dataclasses import dataclass
@@ -172,32 +172,10 @@ def sequence_balance_loss(scores: Tensor, experts: Tensor, real: Tensor) -> Tens
     num_experts, k = scores.shape[-1], experts.shape[-1]
     tokens = real.sum(1, keepdim=True).clamp(min=1)  # (b, 1)
     given = real[..., None].expand_as(experts).to(scores.dtype)
-    count = torch.zeros_like(scores[:, 0]).scatter_add(1, experts.flatten(1), given.flatten(1))  # (b, E)
+    count = scores.new_zeros(scores.shape[0], num_experts).scatter_add(1, experts.flatten(1), given.flatten(1))  # (b, E)
     share = scores / scores.sum(-1, keepdim=True)
     mean_share = torch.einsum("bte,bt->be", share, real.to(share.dtype)) / tokens
     return (count * (num_experts / k) / tokens * mean_share).sum()
-
-
-class LocalDispatcher:
-    """Brings tokens to their experts on one device: sorts them by expert, once a layer.
-
-    Expert parallelism puts another class with this interface into `MoE.dispatcher`; the model's code stays the same.
-    """
-
-    def dispatch(self, x_NH: Tensor, experts_NK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """-> rows (R, H) sorted by expert, where each expert's rows end (E,) int64, and the route back for `combine`."""
-        n, k = experts_NK.shape
-        sorted_R, slot_of_row = experts_NK.flatten().sort(stable=True)
-        ends_E = torch.searchsorted(sorted_R, torch.arange(num_experts, device=x_NH.device), right=True)
-        token_of_row = slot_of_row // k
-        row_of_slot = torch.empty_like(slot_of_row)
-        row_of_slot[slot_of_row] = torch.arange(n * k, device=x_NH.device)
-        row_of_slot = rearrange(row_of_slot, "(n k) -> n k", k=k)
-        return ops.gather_rows(x_NH, token_of_row, row_of_slot), ends_E, (row_of_slot, token_of_row)
-
-    def combine(self, rows_RH: Tensor, weights_NK: Tensor, route: tuple[Tensor, Tensor]) -> Tensor:
-        """Sum the outputs of each token's experts, weighted -> (N, H)."""
-        return ops.combine_rows(rows_RH, weights_NK, *route)
 
 
 class Experts(nn.Module):
@@ -209,8 +187,20 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * i, h))
         self.down_proj = nn.Parameter(torch.empty(e, h, i))
 
-    def forward(self, rows_RH: Tensor, ends_E: Tensor) -> Tensor:
-        return ops.grouped_swiglu(rows_RH, ends_E, self.gate_up_proj, self.down_proj)
+    def forward(self, x_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        return ops.routed_experts(x_NH, experts_NK, weights_NK, self.gate_up_proj, self.down_proj)
+
+
+class LocalDispatcher:
+    """Brings tokens to their experts where one device holds all experts: there is nothing to bring.
+
+    Expert parallelism puts another object into `MoE.dispatcher`, which exchanges the tokens between devices, lets each
+    device's experts work on what has arrived, and exchanges the results back. The model's code stays the same.
+    """
+
+    def __call__(self, experts: Experts, x_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """-> the weighted sum of each token's experts (N, H)."""
+        return experts(x_NH, experts_NK, weights_NK)
 
 
 class MoE(nn.Module):
@@ -228,13 +218,11 @@ class MoE(nn.Module):
         b, t, _ = x.shape
         x_NH = rearrange(x, "b t h -> (b t) h")
         experts_NK, weights_NK, scores_NE = self.gate(x_NH)
-        num_experts = scores_NE.shape[1]
-        rows_RH, ends_E, route = self.dispatcher.dispatch(x_NH, experts_NK, num_experts)
-        routed_NH = self.dispatcher.combine(self.experts(rows_RH, ends_E), weights_NK, route)
+        routed_NH = self.dispatcher(self.experts, x_NH, experts_NK, weights_NK)
 
         real = torch.ones(b, t, dtype=torch.bool, device=x.device) if real is None else real
         given = rearrange(real, "b t -> (b t) 1").expand_as(experts_NK).long()
-        load = torch.zeros(num_experts, dtype=torch.int64, device=x.device)
+        load = torch.zeros(scores_NE.shape[1], dtype=torch.int64, device=x.device)
         load.scatter_add_(0, experts_NK.flatten(), given.flatten())
         balance = sequence_balance_loss(
             rearrange(scores_NE, "(b t) e -> b t e", b=b), rearrange(experts_NK, "(b t) k -> b t k", b=b), real
@@ -372,11 +360,11 @@ class GLM(nn.Module):
 
         return load_model(folder, dtype=dtype, device=device)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, max_shard_bytes: int = 5 * 2**30) -> None:
         """Write a Hugging Face folder; see `minglm.checkpoint.save_model`."""
         from minglm.checkpoint import save_model
 
-        save_model(self, folder)
+        save_model(self, folder, max_shard_bytes)
 
     def forward(
         self,
@@ -502,17 +490,17 @@ class GLM(nn.Module):
             cache.length += t
         return self.model.norm(h), statistics
 
-    def _run_mtp(
-        self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None
-    ) -> tuple[Tensor, RouterStatistics]:
+    def _run_mtp(self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None) -> tuple[Tensor, RouterStatistics]:
         """hidden (b, t, h) from the trunk -> the MTP layer's normed states (b, t - 1, h), and its statistics."""
         x = self.mtp.combine(self.model.embed_tokens(input_ids[:, 1:]), hidden[:, :-1])
         # Only differences of positions matter to RoPE, so the shift by one token needs no care.
         rotary = Rotary.at(torch.arange(x.shape[1], device=x.device), self.config)
-        # A document's last position mixes in the first token of the next one. No target hangs on it, and its own document
-        # has no later token that could attend to it.
+        # A document's last position mixes in the first token of the next one. No target hangs on it, its own document has no
+        # later token that could attend to it, and as padding it counts neither as load nor in the balance loss.
         visible = None if document_ids is None else ops.document_mask(document_ids[:, :-1])
-        real = None if document_ids is None else (document_ids[:, :-1] >= 0) & (document_ids[:, 1:] >= 0)
+        real = None
+        if document_ids is not None:
+            real = (document_ids[:, :-1] >= 0) & (document_ids[:, :-1] == document_ids[:, 1:])
         h, statistics = self._run_layer(self.mtp.layer, x, rotary, visible, real, None)
         return self.mtp.shared_head.norm(h), statistics
 

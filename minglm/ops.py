@@ -5,8 +5,8 @@ gear replaces an operation behind the same signature: `torch` (PyTorch's fused o
 passes, the default) and `triton` (the kernels in `kernels/`, which register themselves here). An operation that a gear
 lacks falls back to the gear before it. The model calls `ops.rms_norm(...)` and never knows.
 
-Shapes: b batch, t sequence, n = b * t tokens, h hidden, k experts per token, r = n * k routed rows, e experts,
-i width of an expert, v vocabulary.
+Shapes: b batch, t sequence, n = b * t tokens, h hidden, k experts per token, r = n * k rows, one for each token and
+expert of it, e experts, i width of an expert, v vocabulary.
 """
 
 import contextlib
@@ -131,36 +131,19 @@ def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 @operation
-def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
-    """Copy each token to the rows of its experts: x (n, h), token_of_row (r,) -> (r, h).
+def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Each token through its k experts, weighted and summed: sum_k weights[n, k] * SwiGLU_experts[n, k](x[n]).
 
-    `row_of_slot` (n, k), the inverse map, is for the backward pass: a token's gradient is the sum over its k rows.
+    x (n, h); experts (n, k) int64, different ones for a token; weights (n, k); gate_up (e, 2i, h), gate first; down (e, h, i)
+    -> (n, h) in x's dtype.
     """
-    return x[token_of_row]
-
-
-@operation
-def grouped_swiglu(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Every expert's SwiGLU on its own rows: rows (r, h), sorted by expert; expert e owns rows ends[e-1] to ends[e].
-
-    ends (e,) int; gate_up (e, 2i, h), gate first; down (e, h, i) -> (r, h). Rows from ends[-1] on belong to nobody and give 0.
-    """
-    out = torch.zeros_like(rows)
-    start = 0
-    for e, end in enumerate(ends.tolist()):
-        gate, up = F.linear(rows[start:end], gate_up[e]).chunk(2, dim=-1)
-        out[start:end] = F.linear(F.silu(gate) * up, down[e])
-        start = end
+    out = torch.zeros_like(x)
+    for e in range(gate_up.shape[0]):
+        token, slot = torch.where(experts == e)
+        gate, up = F.linear(x[token], gate_up[e]).chunk(2, dim=-1)
+        row = F.linear(F.silu(gate) * up, down[e])
+        out = out.index_add(0, token, row * weights[token, slot, None].to(x.dtype))
     return out
-
-
-@operation
-def combine_rows(rows: Tensor, weights: Tensor, row_of_slot: Tensor, token_of_row: Tensor) -> Tensor:
-    """Weighted sum of each token's expert outputs: rows (r, h), weights and row_of_slot (n, k) -> (n, h) in rows' dtype.
-
-    `token_of_row` (r,), the inverse map, is for the backward pass.
-    """
-    return torch.einsum("nk,nkh->nh", weights.to(rows.dtype), rows[row_of_slot])
 
 
 @operation
@@ -184,25 +167,28 @@ def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """One pass forward, three backward; autograd's own backward of the composite takes ten."""
+    """Few passes over memory: autograd's own backward of the composite takes ten, this one four and two vector products."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)
         ctx.save_for_backward(x, weight, rstd)
         return (x * rstd).to(x.dtype) * weight
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, weight, rstd = ctx.saved_tensors
-        normed = x * rstd  # fp32: rstd is
-        dy_x = dy * normed
-        dweight = dy_x.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
-        # d/dx of x * rstd(x):  rstd * (g - normed * mean(g * normed))  with  g = dy * weight
-        mean = (dy_x @ weight.to(dy_x.dtype)).div_(x.shape[-1]).unsqueeze(-1)
-        dx = torch.addcmul(dy * weight, normed, mean, value=-1).mul_(rstd)
-        return dx.to(x.dtype), dweight, None
+        saved_x, weight, saved_rstd = ctx.saved_tensors
+        d = saved_x.shape[-1]
+        rstd = saved_rstd.reshape(-1, 1)
+        x, dy, w = saved_x.reshape(-1, d).to(rstd.dtype), dy.reshape(-1, d).to(rstd.dtype), weight.to(rstd.dtype)
+        product = dy * x
+        dweight = (rstd.t() @ product)[0]
+        # y = x * rstd * w, rstd = (mean(x^2) + eps)^-1/2:  dx = rstd * dy * w - x * rstd^3 * mean(dy * w * x)
+        mean = (product @ w)[:, None] / d
+        dx = torch.addcmul(x * (mean * rstd.pow(3)).neg_(), dy * rstd, w)
+        return dx.to(saved_x.dtype).view_as(saved_x), dweight.to(weight.dtype), None
 
 
 @register("rms_norm", "torch")
@@ -275,83 +261,91 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | BlockMask | No
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Training attention for CPUs and sequences up to `longest`: PyTorch's flash kernel takes 1.3 to 1.7 times as long there.
+    """Training attention for CPUs and sequences up to `longest`: PyTorch's flash kernel takes 1.6 to 1.9 times as long there.
 
     Queries go in tiles of 64 rows against the keys up to the tile's end, so nearly half of the square is never computed.
     All query heads of a group share one matrix product with their keys. A tile's weights are kept for the backward pass:
     they fit in the cache now and save a product and a softmax then. The kept weights take heads * t^2 * 2 bytes a sequence,
     which is why longer sequences go to the flash kernel.
+
+    Inside, a stack of m = b * kv_heads (sequence, key head) pairs is worked on, a few sequences at a time: as many as have
+    2 MB of scores, which is what the cores' own caches hold.
     """
 
     tile = 64
     longest = 1024
+    scores_at_once = 2**19
 
     @staticmethod
     def fold(x: Tensor, kv_heads: int) -> Tensor:
-        """(b, t, heads, d) -> (tiles, b, kv_heads, group * tile, d), padded with zeros to whole tiles."""
+        """(b, t, heads, d) -> (tiles, m, group * tile, d), padded with zeros to whole tiles."""
         tile = _TiledAttention.tile
         x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % tile))
-        return rearrange(x, "b (n tile) (kv g) d -> n b kv (g tile) d", tile=tile, kv=kv_heads).contiguous()
+        return rearrange(x, "b (n tile) (kv g) d -> n (b kv) (g tile) d", tile=tile, kv=kv_heads).contiguous()
 
     @staticmethod
-    def unfold(x: Tensor, t: int) -> Tensor:
+    def unfold(x: Tensor, t: int, kv_heads: int) -> Tensor:
         tile = _TiledAttention.tile
-        return rearrange(x, "n b kv (g tile) d -> b (n tile) (kv g) d", tile=tile)[:, :t]
+        return rearrange(x, "n (b kv) (g tile) d -> b (n tile) (kv g) d", tile=tile, kv=kv_heads)[:, :t]
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
         (b, t, heads, d), kv_heads = q.shape, k.shape[2]
         tile, group = _TiledAttention.tile, heads // kv_heads
         q = _TiledAttention.fold(q, kv_heads).mul_(d**-0.5)
-        k, v = (rearrange(x, "b t kv d -> b kv t d").contiguous() for x in (k, v))
+        k, v = (rearrange(x, "b t kv d -> (b kv) t d").contiguous() for x in (k, v))
         out, kept = torch.empty_like(q), []
         future = torch.full((tile, tile), float("-inf"), dtype=q.dtype).triu_(1)
         if visible is not None:
             hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
             hidden = hidden.expand(b, 1, t, t)  # a mask may be one for the whole batch
+        sequences = max(1, _TiledAttention.scores_at_once // max(1, heads * tile * t))
+        pieces = [slice(s * kv_heads, min(s + sequences, b) * kv_heads) for s in range(0, b, sequences)]
         for n in range(q.shape[0]):
             start, end = n * tile, min((n + 1) * tile, t)
-            for sequence in range(b):
-                scores = torch.bmm(q[n, sequence], k[sequence, :, :end].mT)  # (kv, g * tile, end)
-                by_head = scores.view(kv_heads, group, tile, end)
+            for piece in pieces:
+                scores = torch.bmm(q[n, piece], k[piece, :end].mT)  # (pairs, group * tile, end)
                 if visible is None:
-                    by_head[..., start:] += future[:, : end - start]
+                    scores.view(-1, group, tile, end)[..., start:] += future[:, : end - start]
                 else:
-                    by_head[:, :, : end - start] += hidden[sequence, :, start:end, :end]
+                    rows = hidden[piece.start // kv_heads : piece.stop // kv_heads, :, None, start:end, :end]
+                    scores.view(-1, kv_heads, group, tile, end)[:, :, :, : end - start] += rows
                 weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-                torch.bmm(weights, v[sequence, :, :end], out=out[n, sequence])
+                torch.bmm(weights, v[piece, :end], out=out[n, piece])
                 kept.append(weights)
+        ctx.kv_heads, ctx.pieces = kv_heads, pieces
         ctx.save_for_backward(q, k, v, *kept)
-        return _TiledAttention.unfold(out, t)
+        return _TiledAttention.unfold(out, t, kv_heads)
 
     @staticmethod
     def backward(ctx, dout: Tensor):
         q, k, v, *kept = ctx.saved_tensors
-        b, kv_heads, t, d = k.shape
-        dout = _TiledAttention.fold(dout, kv_heads)
+        t, d = k.shape[1:]
+        dout = _TiledAttention.fold(dout, ctx.kv_heads)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        kept = iter(kept)
         for n in range(q.shape[0]):
             end = min((n + 1) * _TiledAttention.tile, t)
-            for sequence in range(b):
-                weights = kept[n * b + sequence]
-                dv[sequence, :, :end].baddbmm_(weights.mT, dout[n, sequence])
-                dweights = torch.bmm(dout[n, sequence], v[sequence, :, :end].mT)
+            for piece in ctx.pieces:
+                weights = next(kept)
+                dv[piece, :end] += torch.bmm(weights.mT, dout[n, piece])
+                dweights = torch.bmm(dout[n, piece], v[piece, :end].mT)
                 dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)
-                torch.bmm(dscores, k[sequence, :, :end], out=dq[n, sequence])
-                dk[sequence, :, :end].baddbmm_(dscores.mT, q[n, sequence])
-        dq = _TiledAttention.unfold(dq.mul_(d**-0.5), t)
-        dk, dv = (rearrange(x, "b kv t d -> b t kv d") for x in (dk, dv))
+                torch.bmm(dscores, k[piece, :end], out=dq[n, piece])
+                dk[piece, :end] += torch.bmm(dscores.mT, q[n, piece])
+        dq = _TiledAttention.unfold(dq.mul_(d**-0.5), t, ctx.kv_heads)
+        dk, dv = (rearrange(x, "(b kv) t d -> b t kv d", kv=ctx.kv_heads) for x in (dk, dv))
         return dq, dk, dv, None
 
 
-def _swiglu_forward(gate_up: Tensor, out: Tensor) -> Tensor:
-    """silu(gate) * up for gate_up (rows, 2i) into out (rows, i)."""
+def _swiglu_forward(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up: gate_up (rows, 2i) -> (rows, i)."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.ops.aten.silu.out(gate, out=out).mul_(up)
+    return F.silu(gate).mul_(up)
 
 
 def _swiglu_backward(dact: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of silu(gate) * up: the gradient of gate_up, and the activation again, (rows, 2i) and (rows, i)."""
+    """From the gradient of silu(gate) * up: that of gate_up, (rows, 2i), and the activation again, (rows, i)."""
     gate, up = gate_up.chunk(2, dim=-1)
     dgate_up = torch.empty_like(gate_up)
     dgate, dup = dgate_up.chunk(2, dim=-1)
@@ -371,7 +365,7 @@ class _SwiGLU(torch.autograd.Function):
         torch.mm(x, gate.t(), out=gate_up[:, :width])
         torch.mm(x, up.t(), out=gate_up[:, width:])
         ctx.save_for_backward(x, gate, up, down, gate_up)
-        return _swiglu_forward(gate_up, x.new_empty(x.shape[0], width)) @ down.t()
+        return _swiglu_forward(gate_up) @ down.t()
 
     @staticmethod
     def backward(ctx, dout: Tensor):
@@ -389,102 +383,85 @@ def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return _SwiGLU.apply(flat, gate, up, down).reshape(*x.shape[:-1], down.shape[0])
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
-        ctx.save_for_backward(row_of_slot)
-        return x.index_select(0, token_of_row)
-
-    @staticmethod
-    def backward(ctx, drows: Tensor):
-        (row_of_slot,) = ctx.saved_tensors
-        # A bag of embeddings is just "gather and sum", in one pass and in a fixed order (index_add is neither).
-        return F.embedding_bag(row_of_slot, drows.contiguous(), mode="sum"), None, None
+def _sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows are the n * k (token, expert) pairs, sorted by expert. experts (n, k) -> which slot n * k + k each row comes from,
+    (r,); which row each slot has become, (n, k); where each expert's rows end, (e,). All int64, without a host sync."""
+    sorted_experts, slot_of_row = experts.flatten().sort(stable=True)
+    ends = torch.searchsorted(sorted_experts, torch.arange(num_experts, device=experts.device), right=True)
+    row_of_slot = torch.empty_like(slot_of_row)
+    row_of_slot[slot_of_row] = torch.arange(len(slot_of_row), device=experts.device)
+    return slot_of_row, row_of_slot.view_as(experts), ends
 
 
-@register("gather_rows", "torch")
-def _gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
-    return _GatherRows.apply(x, token_of_row, row_of_slot)
+def _sum_rows(rows: Tensor, row_of_slot: Tensor) -> Tensor:
+    """Sum each token's k rows: (r, h) -> (n, h). A bag of embeddings is "gather and sum" without the gathered copy, and in a
+    fixed order; index_add is neither."""
+    return F.embedding_bag(row_of_slot, rows, mode="sum")
 
 
-class _CombineRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, weights: Tensor, row_of_slot: Tensor, token_of_row: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, row_of_slot, token_of_row)
-        return F.embedding_bag(row_of_slot, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
+class _RoutedExperts(torch.autograd.Function):
+    """For CPUs: one matrix product an expert and projection, written straight into its slice of a shared buffer.
 
-    @staticmethod
-    def backward(ctx, dout: Tensor):
-        rows, weights, row_of_slot, token_of_row = ctx.saved_tensors
-        drows = dout.index_select(0, token_of_row)  # (r, h)
-        dweight_of_row = (drows * rows).sum(-1, dtype=weights.dtype)  # (r,)
-        weight_of_row = torch.empty_like(dweight_of_row, dtype=rows.dtype)
-        weight_of_row[row_of_slot.flatten()] = weights.flatten().to(rows.dtype)
-        drows *= weight_of_row[:, None]
-        return drows, dweight_of_row[row_of_slot], None, None
-
-
-@register("combine_rows", "torch")
-def _combine_rows(rows: Tensor, weights: Tensor, row_of_slot: Tensor, token_of_row: Tensor) -> Tensor:
-    return _CombineRows.apply(rows, weights, row_of_slot, token_of_row)
-
-
-class _GroupedSwiGLU(torch.autograd.Function):
-    """For CPUs: one matrix product an expert, written straight into its slice, on rows that are still in the cache.
-
-    The loop's length is the number of experts, never the data's. The backward pass recomputes the activation (cheap) from
-    the gate and up projections (kept).
+    An expert's tokens are gathered just before they are needed and are still in the cache then; all rows at once would
+    go through main memory, forward and backward. The router's weights scale the activation, which is narrower than the
+    result. Going back, the activation is made again (cheap) from the gate and up projections (kept). The loops' length
+    is the number of experts, never the data's.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+        slot_of_row, row_of_slot, ends = _sort_by_expert(experts, gate_up.shape[0])
         ends = ends.tolist()
-        width = down.shape[-1]
-        hidden = rows.new_empty(rows.shape[0], 2 * width)
-        out = torch.empty_like(rows)
-        start = 0
-        for end, w_in, w_out in zip(ends, gate_up.unbind(), down.unbind(), strict=True):
-            torch.mm(rows[start:end], w_in.t(), out=hidden[start:end])
-            act = _swiglu_forward(hidden[start:end], rows.new_empty(end - start, width))
-            torch.mm(act, w_out.t(), out=out[start:end])
-            start = end
-        out[start:] = 0
-        ctx.ends = ends
-        ctx.save_for_backward(rows, gate_up, down, hidden)
-        return out
+        pieces = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+        token_of_row = slot_of_row // experts.shape[1]
+        tokens = [token_of_row[piece] for piece in pieces]  # each expert's
+        weights = weights.flatten()[slot_of_row, None]  # (r, 1)
+
+        hidden = x.new_empty(len(slot_of_row), gate_up.shape[1])
+        for piece, token, w_in in zip(pieces, tokens, gate_up.unbind(), strict=True):
+            torch.mm(x.index_select(0, token), w_in.t(), out=hidden[piece])
+        act = _swiglu_forward(hidden).mul_(weights)
+        rows = x.new_empty(len(slot_of_row), x.shape[1])
+        for piece, w_out in zip(pieces, down.unbind(), strict=True):
+            torch.mm(act[piece], w_out.t(), out=rows[piece])
+        ctx.pieces, ctx.tokens = pieces, tokens
+        ctx.save_for_backward(x, weights, gate_up, down, hidden, row_of_slot)
+        return _sum_rows(rows, row_of_slot)
 
     @staticmethod
     def backward(ctx, dout: Tensor):
-        rows, gate_up, down, hidden = ctx.saved_tensors
-        drows, dgate_up, ddown = torch.empty_like(rows), torch.empty_like(gate_up), torch.empty_like(down)
-        experts = zip(ctx.ends, gate_up.unbind(), down.unbind(), dgate_up.unbind(), ddown.unbind(), strict=True)
-        start = 0
-        for end, w_in, w_out, dw_in, dw_out in experts:
-            dhidden, act = _swiglu_backward(dout[start:end] @ w_out, hidden[start:end])
-            torch.mm(dout[start:end].t(), act, out=dw_out)
-            torch.mm(dhidden.t(), rows[start:end], out=dw_in)
-            torch.mm(dhidden, w_in, out=drows[start:end])
-            start = end
-        drows[start:] = 0
-        return drows, None, dgate_up, ddown
+        x, weights, gate_up, down, hidden, row_of_slot = ctx.saved_tensors
+        dout = dout.contiguous()
+        dact = hidden.new_empty(hidden.shape[0], down.shape[-1])  # of the weighted activation
+        for piece, token, w_out in zip(ctx.pieces, ctx.tokens, down.unbind(), strict=True):
+            torch.mm(dout.index_select(0, token), w_out, out=dact[piece])
+        dhidden, act = _swiglu_backward(dact * weights, hidden)
+        dweights = dact.mul_(act).sum(-1)[row_of_slot]
+        act.mul_(weights)
+        drows, dgate_up, ddown = x.new_empty(hidden.shape[0], x.shape[1]), torch.empty_like(gate_up), torch.empty_like(down)
+        each = zip(ctx.pieces, ctx.tokens, gate_up.unbind(), dgate_up.unbind(), ddown.unbind(), strict=True)
+        for piece, token, w_in, dw_in, dw_out in each:
+            torch.mm(dout.index_select(0, token).t(), act[piece], out=dw_out)
+            torch.mm(dhidden[piece].t(), x.index_select(0, token), out=dw_in)
+            torch.mm(dhidden[piece], w_in, out=drows[piece])
+        return _sum_rows(drows, row_of_slot), None, dweights, dgate_up, ddown
 
 
-@register("grouped_swiglu", "torch")
-def _grouped_swiglu(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    rows, gate_up, down = _in_autocast_dtype(rows, gate_up, down)
-    run = _grouped_swiglu_on_gpu if rows.device.type == "cuda" else _GroupedSwiGLU.apply
-    return run(rows, ends, gate_up, down)
-
-
-def _grouped_swiglu_on_gpu(rows: Tensor, ends: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One grouped product a projection; the group ends stay on the device, so the host never waits."""
+def _grouped_products(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """For GPUs: one grouped product a projection. Where the groups end stays on the device, so the host never waits."""
+    slot_of_row, row_of_slot, ends = _sort_by_expert(experts, gate_up.shape[0])
     ends = ends.to(torch.int32)
-    # The tail that belongs to nobody is uninitialised memory in every product's result (transformers#48205): in the
-    # output, and in the gradient of the rows, which the first mask clears on its way back.
-    unowned = (torch.arange(rows.shape[0], device=rows.device) >= ends[-1])[:, None]
-    rows = rows.masked_fill(unowned, 0)
-    gate, up = F.grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, dim=-1)
-    return F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends).masked_fill(unowned, 0)
+    gate, up = F.grouped_mm(x[slot_of_row // experts.shape[1]], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    act = F.silu(gate) * up * weights.flatten()[slot_of_row, None]
+    return F.grouped_mm(act, down.mT, offs=ends)[row_of_slot].sum(1)
+
+
+@register("routed_experts", "torch")
+def _routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    x, gate_up, down = _in_autocast_dtype(x, gate_up, down)
+    weights = weights.to(x.dtype)
+    run = _grouped_products if x.device.type == "cuda" else _RoutedExperts.apply
+    return run(x, experts, weights, gate_up, down)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -504,22 +481,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             x, target = hidden[start : start + chunk], labels[start : start + chunk, None]
             kept = target != -100
             target = target.masked_fill(~kept, 0)
-            logits = (x @ weight.t()).float()  # (chunk, v)
-            logsumexp = logits.logsumexp(-1, keepdim=True)
-            total += ((logsumexp - logits.gather(1, target)) * kept).sum()
+            logp = (x @ weight.t()).float().log_softmax(-1)  # (chunk, v)
+            total -= (logp.gather(1, target) * kept).sum()
             if not (want_hidden or want_weight):
                 continue
-            # d loss / d logits = softmax - one_hot, and nothing for ignored tokens
-            dlogits = logits.sub_(logsumexp).exp_()
-            dlogits.scatter_add_(1, target, torch.full_like(logsumexp, -1.0)).mul_(kept)
-            dlogits = dlogits.to(x.dtype)
+            # d loss / d logits = softmax - one_hot; an ignored token has none, which its row of x and dhidden say cheaper.
+            dlogits = logp.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32)).to(x.dtype)
             if want_hidden:
-                torch.mm(dlogits, weight, out=dhidden[start : start + chunk])
-            if want_weight:
-                if weight.dtype == torch.float32:
-                    dweight.addmm_(dlogits.t(), x)
-                else:
-                    dweight += dlogits.t() @ x
+                rows = dhidden[start : start + chunk]
+                torch.mm(dlogits, weight, out=rows).mul_(kept)
+            if want_weight and weight.dtype == torch.float32:
+                dweight.addmm_(dlogits.t(), x * kept)
+            elif want_weight:
+                dweight += dlogits.t() @ (x * kept)
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
         return total

@@ -118,9 +118,7 @@ def train_tokenizer(
         library.train_from_iterator(stretches, trainer)
     if ordinary := sorted(library.get_vocab().keys() & set(specials)):
         raise ValueError(f"specials: {ordinary} are ordinary tokens, too; wanted other names")
-    library.add_tokens(
-        [tokenizers.AddedToken(name, special=name not in CONTENT_TAGS, normalized=False) for name in specials]
-    )
+    library.add_tokens([tokenizers.AddedToken(name, special=name not in CONTENT_TAGS, normalized=False) for name in specials])
     return Tokenizer(library.to_str(pretty=True).encode(), "trained tokenizer")
 
 

@@ -117,39 +117,16 @@ def swiglu_case(numbers: Numbers) -> tuple:
     return numbers.variable(*leading, h), numbers.weight(i, h), numbers.weight(i, h), numbers.weight(h, i)
 
 
-def routes(numbers: Numbers) -> tuple[Tensor, Tensor]:
-    """row_of_slot (n, k), a random bijection, and its inverse, token_of_row (n * k,)."""
-    n, k = numbers.size(0, 12), numbers.size(1, 5)
-    slot_of_row = torch.randperm(n * k, generator=numbers.generator)
-    return slot_of_row.argsort().view(n, k), slot_of_row // k
-
-
-def gather_rows_case(numbers: Numbers) -> tuple:
-    row_of_slot, token_of_row = routes(numbers)
-    return numbers.variable(len(row_of_slot), numbers.size(1, 20)), token_of_row, row_of_slot
-
-
-def combine_rows_case(numbers: Numbers) -> tuple:
-    row_of_slot, token_of_row = routes(numbers)
-    rows = numbers.variable(len(token_of_row), numbers.size(1, 20))
-    weights = torch.rand(row_of_slot.shape, generator=numbers.generator, dtype=torch.float64)
-    # The router's weights are fp32 even where the rows are bf16.
-    dtype = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return rows, weights.to(dtype).requires_grad_(), row_of_slot, token_of_row
-
-
-def grouped_swiglu_case(numbers: Numbers, widths: Sequence[int] = range(1, 17)) -> tuple:
+def routed_experts_case(numbers: Numbers, widths: Sequence[int] = range(1, 17)) -> tuple:
     e, h, i = numbers.size(1, 6), numbers.draw(st.sampled_from(widths)), numbers.draw(st.sampled_from(widths))
-    load = numbers.draw(
-        st.one_of(
-            st.lists(st.integers(0, 9), min_size=e, max_size=e),
-            st.integers(0, e - 1).map(lambda favourite: [40 * (x == favourite) for x in range(e)]),
-        ),
-        label="rows of each expert",
-    )
-    unowned = numbers.draw(st.sampled_from([0, 0, 1, 7]), label="rows beyond ends[-1]")
-    ends = torch.tensor(load).cumsum(0)
-    return numbers.variable(sum(load) + unowned, h), ends, numbers.weight(e, 2 * i, h), numbers.weight(e, h, i)
+    n, k = numbers.draw(st.sampled_from([0, 1, 5, 40]), label="tokens"), numbers.size(1, e)
+    likes = torch.rand(n, e, generator=numbers.generator)
+    if numbers.draw(st.booleans(), label="all tokens choose the same experts, the others stay empty"):
+        likes = likes[:1].expand(n, e)
+    weights = torch.rand(n, k, generator=numbers.generator, dtype=torch.float64)
+    # The router's weights are fp32 even where the tokens are bf16.
+    weights = weights.to(torch.float64 if numbers.dtype == torch.float64 else torch.float32).requires_grad_()
+    return numbers.variable(n, h), likes.topk(k).indices, weights, numbers.weight(e, 2 * i, h), numbers.weight(e, h, i)
 
 
 def linear_cross_entropy_case(numbers: Numbers) -> tuple:
@@ -270,48 +247,37 @@ def test_attention_over_many_tokens_and_heads(gear, mask, b, t, heads, kv_heads)
         assert_close(one, other, torch.float32)
 
 
-@pytest.mark.parametrize("gear", all_gears("grouped_swiglu"))
-def test_rows_of_nobody_give_zero_and_move_no_weight(gear):
-    """Whatever is in them: the tail of a buffer may hold NaN (transformers#48205)."""
-    generator = torch.Generator().manual_seed(0)
-    rows, gate_up, down = (torch.randn(shape, generator=generator) for shape in [(6, 3), (2, 4, 3), (2, 3, 2)])
-    rows[4:] = float("nan")
-    variables = [x.requires_grad_() for x in (rows, gate_up, down)]
-    with ops.using(gear):
-        out = ops.grouped_swiglu(rows, torch.tensor([1, 4]), gate_up, down)
-    assert torch.equal(out[4:], torch.zeros(2, 3))
-    out.sum().backward()
-    assert torch.equal(rows.grad[4:], torch.zeros(2, 3))
-    assert all(x.grad.isfinite().all() and x.grad.abs().sum() > 0 for x in variables)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @given(data=st.data())
 @LAW
 def test_the_grouped_products_meant_for_gpus_equal_the_naive_definition(dtype, data):
-    """PyTorch has them on CPUs, too, with the same uninitialised tail; they want rows of a multiple of 16 bytes."""
+    """PyTorch has them on CPUs, too; they want rows of a multiple of 16 bytes."""
     numbers = Numbers(data.draw, dtype)
-    arguments = tuple(x.detach().contiguous() for x in grouped_swiglu_case(numbers, widths=[8, 16, 40]))
-    arguments = tuple(x.requires_grad_() if x.is_floating_point() else x for x in arguments)
-    dout = torch.randn(arguments[0].shape, generator=numbers.generator).to(dtype)
-    wanted, wanted_gradients = outcome("grouped_swiglu", "naive", arguments, dout)
-    variables = [x for x in arguments if x.requires_grad]
-    found = ops._grouped_swiglu_on_gpu(*arguments)
-    found_gradients = torch.autograd.grad(found, variables, dout)
+    x, experts, weights, *matrices = routed_experts_case(numbers, widths=[8, 16, 40])
+    x, *matrices = (y.detach().contiguous().requires_grad_() for y in (x, *matrices))
+    arguments = x, experts, weights.detach().to(dtype).requires_grad_(), *matrices
+    dout = torch.randn(x.shape, generator=numbers.generator).to(dtype)
+    wanted, wanted_gradients = outcome("routed_experts", "naive", arguments, dout)
+    found = ops._grouped_products(*arguments)
+    found_gradients = torch.autograd.grad(found, [x for x in arguments if x.requires_grad], dout)
     for one, other in zip([found, *found_gradients], [wanted, *wanted_gradients], strict=True):
         assert_close(one.detach(), other, dtype)
 
 
-@pytest.mark.parametrize("gear", all_gears("grouped_swiglu"))
-def test_an_expert_without_rows_gets_a_zero_gradient(gear):
+@pytest.mark.parametrize("gear", all_gears("routed_experts"))
+def test_an_expert_without_tokens_gets_a_zero_gradient(gear):
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(5, 3, generator=generator)
+    x, experts, weights = (
+        torch.randn(5, 3, generator=generator),
+        torch.tensor([[0, 2]] * 5),
+        torch.rand(5, 2, generator=generator),
+    )
     gate_up, down = (torch.randn(s, generator=generator).requires_grad_() for s in [(3, 4, 3), (3, 3, 2)])
     with ops.using(gear):
-        ops.grouped_swiglu(rows, torch.tensor([2, 2, 5]), gate_up, down).square().sum().backward()
-    for x in (gate_up, down):
-        assert x.grad[1].count_nonzero() == 0
-        assert x.grad[0].count_nonzero() > 0 and x.grad[2].count_nonzero() > 0
+        ops.routed_experts(x, experts, weights, gate_up, down).square().sum().backward()
+    for y in (gate_up, down):
+        assert y.grad[1].count_nonzero() == 0
+        assert y.grad[0].count_nonzero() > 0 and y.grad[2].count_nonzero() > 0
 
 
 @pytest.mark.parametrize("gear", all_gears("linear_cross_entropy"))
@@ -345,7 +311,7 @@ def test_large_logits_do_not_overflow(gear):
 # ------------------------------------------------------------------------------------------------------------- autocast
 
 
-@pytest.mark.parametrize("name", ["grouped_swiglu", "linear_cross_entropy"])
+@pytest.mark.parametrize("name", ["routed_experts", "linear_cross_entropy"])
 @given(data=st.data())
 @settings(LAW, max_examples=10)
 def test_autocast_runs_the_products_in_bf16_and_gives_fp32_gradients(name, data):

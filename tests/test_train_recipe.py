@@ -98,7 +98,6 @@ def test_a_saved_recipe_names_every_key(tmp_path):
         (("[training]", "[optimizer]\nbetas = [0.9]\n[training]"), r"betas = \(0.9,\): wanted two numbers"),
         (("[training]", '[schedule]\nkind = "wsd"\n[training]'), r"decay_steps = 0: wanted 1 or more"),
         (("[training]", "[schedule]\nwarmup_steps = 11\n[training]"), r"warmup_steps = 11: wanted .* at most .* = 10"),
-        (("[training]", '[data]\nsources = ["a"]\npath = "b"\n[training]'), r"either sources or a path"),
         (("steps = 10", "steps = 10\nbatch_warmup_steps = 5"), r"first_sequences_per_step = 0: wanted"),
         (("steps = 10", "steps = 10\nfirst_sequences_per_step = 4"), r"batch_warmup_steps = 0: wanted"),
     ],

@@ -25,12 +25,9 @@ class Data:
     sources: tuple[str, ...] = ()
     """Embedded sources by name (minglm.data.sources.SOURCES); none means the default ones."""
     path: Path | None = None
-    """Own text instead: a file, a folder or JSONL. A path in a recipe file starts from that file's folder."""
+    """Own text instead of the sources: a file, a folder or JSONL. In a recipe file it starts from that file's folder."""
     folder: Path | None = None
     """Where the tokenizer and the tokens are kept, for several runs to share; by default in the run folder."""
-
-    def __post_init__(self) -> None:
-        _require(not (self.sources and self.path), "path", self.path, "either sources or a path, not both")
 
 
 @dataclass(frozen=True)
