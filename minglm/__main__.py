@@ -89,6 +89,17 @@ class Bench:
 
 
 @dataclass(frozen=True)
+class Race:
+    """Tiny shakespeare by characters: minglm's held-out loss when GPT-2, in nanoGPT's CPU setting, has finished."""
+
+    text: Annotated[Positional[Path], arg(metavar="TEXT")]
+    """tinyshakespeare.txt (1,115,394 bytes), or any text to race on."""
+    seed: int = 1
+    run_folder: Path = Path("runs", "race")
+    """Where everything is written; a new folder, for a clock cannot be resumed."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Read a Hugging Face folder of this architecture (published, FP8, ours) and write it anew, shard by shard."""
 
@@ -107,7 +118,15 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = ["demo", *arguments]
     try:
         command = _parse(arguments)
-        run = {Demo: run_demo, Train: run_train, Ablate: run_ablate, Params: run_params, Bench: run_bench, Convert: run_convert}
+        run = {
+            Demo: run_demo,
+            Train: run_train,
+            Ablate: run_ablate,
+            Params: run_params,
+            Bench: run_bench,
+            Race: run_race,
+            Convert: run_convert,
+        }
         return run[type(command)](command)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where it can", file=sys.stderr)
@@ -120,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Convert:
+def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Race | Convert:
     """After `train RECIPE`, that recipe's values are the defaults of the options; in plain `train --help`, nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
@@ -130,6 +149,7 @@ def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Con
         | Annotated[Ablate, subcommand("ablate")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
+        | Annotated[Race, subcommand("race")]
         | Annotated[Convert, subcommand("convert")]
     )
     command = tyro.cli(commands, prog=PROGRAM, description=DESCRIPTION, args=arguments)
@@ -212,6 +232,15 @@ def run_bench(command: Bench) -> int:
 
     print(f"bench: a training step at {', '.join(command.sizes)}; close other programs, they cost every contestant")
     bench(command.sizes, command.out, command.repeats)
+    return 0
+
+
+def run_race(command: Race) -> int:
+    from minglm.shakespeare import race, report
+
+    print(f"race: GPT-2 first, then configs/recipe/shakespeare.toml; everything is written to {command.run_folder}\n")
+    print("\n" + report(race(command.text, command.run_folder, command.seed)))
+    print(f"\nmade: {command.run_folder / 'race.json'}, and our run folder around it")
     return 0
 
 
