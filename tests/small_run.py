@@ -18,7 +18,8 @@ from minglm.config import GLMConfig
 from minglm.engine.generate import generate
 from minglm.train.metrics import WALL_CLOCK, read_metrics
 from minglm.train.recipe import Checkpoints, Data, Evaluation, Hardware, Optimizer, Recipe, Samples, Schedule, Training
-from minglm.train.run_folder import STATE, RunFolder
+from minglm.train.run_folder import RunFolder
+from minglm.train.state import read_state
 from minglm.train.trainer import Outcome, train
 
 STEPS = 24
@@ -125,7 +126,7 @@ def everything_written(folder: Path) -> tuple[list[dict], dict[str, bytes], dict
     metrics = [{k: v for k, v in record.items() if k not in WALL_CLOCK} for record in read_metrics(run.metrics)]
     checkpoint = run.newest_checkpoint()
     files = {path.name: path.read_bytes() for path in sorted(checkpoint.iterdir()) if path.is_file()}
-    state = torch.load(checkpoint / STATE, weights_only=True)
+    state = read_state(checkpoint)
     del state["seconds"]
     return metrics, files, state
 

@@ -20,6 +20,7 @@ from small_run import (
     write_text,
 )
 
+from minglm.checkpoint import CheckpointError
 from minglm.config import ConfigError
 from minglm.train.metrics import MetricsError, MetricsFile, read_metrics
 from minglm.train.run_folder import RunFolder
@@ -142,6 +143,21 @@ def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_when_there_is_room(
     with pytest.raises(ValueError, match="step-4: the disk is full.* nothing that was saved before is lost"):
         run_small(small_recipe(text), folder)
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
+    run_small(small_recipe(text), folder)
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.parametrize("file", ["trainer/state.pt", "model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "a cut"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_carries_on(text, undisturbed, tmp_path, file, damage):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    path = folder / "checkpoints" / f"step-{STEPS}" / file
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content if damage == "a flipped bit" else content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=path.name):
+        run_small(small_recipe(text), folder)
+    shutil.rmtree(path.parents[len(Path(file).parts) - 1])
     run_small(small_recipe(text), folder)
     assert_same(folder, undisturbed)
 

@@ -16,8 +16,7 @@ from pathlib import Path
 
 from minglm.config import ConfigError
 from minglm.train.recipe import Recipe, differences, load_recipe, save_recipe
-
-STATE = Path("trainer", "state.pt")
+from minglm.train.state import STATE
 
 
 class RunFolder:

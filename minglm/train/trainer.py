@@ -33,8 +33,9 @@ from minglm.train.plots import plot_overview
 from minglm.train.prefetch import Prefetcher
 from minglm.train.preparation import encode_prompts, prepare_data
 from minglm.train.recipe import Recipe, resolve_paths
-from minglm.train.run_folder import STATE, RunFolder
+from minglm.train.run_folder import RunFolder
 from minglm.train.schedule import learning_rate_factor, micro_batches_at
+from minglm.train.state import read_state, write_state
 from minglm.train.stop import StopRequest
 
 # Metrics stay on the device until so many seconds have passed, so that no step makes the host wait for the device.
@@ -261,10 +262,7 @@ class Trainer:
         with write_folder_atomically(self.folder.checkpoint(self.step)) as aside:
             save_model(self.model, aside)
             self.tokenizer.save_pretrained(aside)
-            path = aside / STATE
-            path.parent.mkdir()
-            with path.open("wb") as file:
-                torch.save(state, file)
+            write_state(state, aside)
         self.folder.prune(self.recipe.checkpoints.keep)
         self.read_at = self._seconds()  # not the training's time
 
@@ -274,7 +272,7 @@ class Trainer:
         self.read_at = self.drawn_at = self._seconds()
 
     def _restore(self, checkpoint: Path, stream: TokenStream) -> None:
-        state = torch.load(checkpoint / STATE, weights_only=True, map_location="cpu")
+        state = read_state(checkpoint)
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
         self.bits_per_byte = state["bits_per_byte"]
         stream.load_state_dict(state["stream"])
