@@ -125,6 +125,8 @@ class GLMConfig:
             raise ConfigError(f"{path}: no such file; a model folder holds a config.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path}: not valid JSON ({error})") from None
+        if isinstance(mapping, Mapping):
+            mapping = {**_HF_DEFAULTS, **mapping}
         return cls.from_dict(mapping, where=str(path), head_dim_optional=True)
 
     @classmethod
@@ -178,6 +180,21 @@ class GLMConfig:
 
 
 _HF_SYNONYMS = {"num_local_experts": "n_routed_experts", "num_mtp_layers": "num_nextn_predict_layers"}
+# What a config.json means by leaving a key out; ours are nano's.
+_HF_DEFAULTS = {
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "num_experts_per_tok": 8,
+}
 # What published and transformers-written files carry beside the architecture.
 _HF_UNUSED = frozenset(
     "_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id id2label "

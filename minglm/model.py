@@ -402,21 +402,23 @@ class GLM(nn.Module):
         input_ids, labels, document_ids (b, t); labels are already shifted (labels[t] is token t + 1), -100 is ignored. The
         MTP loss at t predicts labels[t + 1], where t and t + 1 are of one document. The balance loss is summed over MoE
         layers and averaged over sequences. `totals`: the denominators, from `count_targets` over the whole step; None means
-        this batch alone. `detach_trunk` keeps the MTP loss out of the trunk, as RL wants it (SkyRL#1832).
-        In training mode, `expert_load` grows by the tokens that each expert was given.
+        this batch alone. `detach_trunk` keeps the MTP loss out of the main model, embedding and head included: it then trains
+        the MTP layer alone, as RL wants it (SkyRL#1832). In training mode, `expert_load` grows by the tokens that each
+        expert was given. Raises `ValueError` for shapes that differ and (on CPU) for ids and labels outside the vocabulary.
         """
         self._check(input_ids, document_ids, None, False)
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: wanted input_ids' {tuple(input_ids.shape)}")
+        self._check_vocabulary("labels", labels.masked_fill(labels == -100, 0))
         totals = self.count_targets(labels, document_ids) if totals is None else totals
         hidden, statistics = self._run_trunk(input_ids, document_ids, None)
         lm = self._cross_entropy(hidden, labels) / totals.lm.clamp(min=1)
         mtp = torch.zeros_like(lm)
         if self.mtp is not None and input_ids.shape[1] > 1:
-            trunk = hidden.detach() if detach_trunk else hidden
-            mtp_hidden, mtp_statistics = self._run_mtp(trunk, input_ids, document_ids)
+            mtp_hidden, mtp_statistics = self._run_mtp(hidden, input_ids, document_ids, detach_trunk)
             statistics.append(mtp_statistics)
-            mtp = self._cross_entropy(mtp_hidden, self._mtp_labels(labels, document_ids)) / totals.mtp.clamp(min=1)
+            mtp_labels = self._mtp_labels(labels, document_ids)
+            mtp = self._cross_entropy(mtp_hidden, mtp_labels, detach_trunk) / totals.mtp.clamp(min=1)
         balance = torch.zeros_like(lm)
         if statistics:
             balance = torch.stack([s.balance for s in statistics]).sum() / totals.sequences.clamp(min=1)
@@ -443,7 +445,8 @@ class GLM(nn.Module):
         for router, step in zip(self.routers(), steps, strict=True):
             if router.weight.requires_grad:
                 router.e_score_correction_bias += step
-        max_violation = load.amax(1) / mean[:, 0].clamp(min=1e-9) - 1
+        mean = mean[:, 0]
+        max_violation = torch.where(mean > 0, load.amax(1) / mean - 1, 0.0)  # a layer that saw no token violates nothing
         self.expert_load.zero_()
         return max_violation.float()
 
@@ -454,11 +457,7 @@ class GLM(nn.Module):
     def _check(self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None, mtp: bool) -> None:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}: wanted (batch, sequence)")
-        # Looking at the values would make the host wait for another device, so only the CPU looks.
-        if input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = input_ids.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"input_ids hold {low} to {high}: wanted 0 to {self.config.vocab_size - 1}, the vocabulary")
+        self._check_vocabulary("input_ids", input_ids)
         if document_ids is not None and document_ids.shape != input_ids.shape:
             raise ValueError(f"document_ids have shape {tuple(document_ids.shape)}: wanted {tuple(input_ids.shape)}")
         if document_ids is not None and cache is not None:
@@ -467,6 +466,13 @@ class GLM(nn.Module):
             raise ValueError("mtp=True, but this model has no MTP layer (num_nextn_predict_layers = 0, or not in its folder)")
         if mtp and cache is not None:
             raise ValueError("mtp=True and a KV cache cannot be used together")
+
+    def _check_vocabulary(self, name: str, ids: Tensor) -> None:
+        # Looking at the values would make the host wait for another device, so only the CPU looks.
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = ids.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"{name} hold {low} to {high}: wanted 0 to {self.config.vocab_size - 1}, the vocabulary")
 
     def _run_trunk(
         self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None
@@ -490,9 +496,14 @@ class GLM(nn.Module):
             cache.length += t
         return self.model.norm(h), statistics
 
-    def _run_mtp(self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None) -> tuple[Tensor, RouterStatistics]:
+    def _run_mtp(
+        self, hidden: Tensor, input_ids: Tensor, document_ids: Tensor | None, detach_trunk: bool = False
+    ) -> tuple[Tensor, RouterStatistics]:
         """hidden (b, t, h) from the trunk -> the MTP layer's normed states (b, t - 1, h), and its statistics."""
-        x = self.mtp.combine(self.model.embed_tokens(input_ids[:, 1:]), hidden[:, :-1])
+        next_embedding = self.model.embed_tokens(input_ids[:, 1:])
+        if detach_trunk:
+            next_embedding, hidden = next_embedding.detach(), hidden.detach()
+        x = self.mtp.combine(next_embedding, hidden[:, :-1])
         # Only differences of positions matter to RoPE, so the shift by one token needs no care.
         rotary = Rotary.at(torch.arange(x.shape[1], device=x.device), self.config)
         # A document's last position mixes in the first token of the next one. No target hangs on it, its own document has no
@@ -509,11 +520,10 @@ class GLM(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def _cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, labels: Tensor, detach_head: bool = False) -> Tensor:
         """Summed over targets: hidden (b, t, h), labels (b, t)."""
-        return ops.linear_cross_entropy(
-            rearrange(hidden, "b t h -> (b t) h"), self.lm_head.weight, rearrange(labels, "b t -> (b t)")
-        )
+        head = self.lm_head.weight.detach() if detach_head else self.lm_head.weight
+        return ops.linear_cross_entropy(rearrange(hidden, "b t h -> (b t) h"), head, rearrange(labels, "b t -> (b t)"))
 
     @staticmethod
     def _mtp_labels(labels: Tensor, document_ids: Tensor | None) -> Tensor:

@@ -447,13 +447,41 @@ class _RoutedExperts(torch.autograd.Function):
         return _sum_rows(drows, row_of_slot), None, dweights, dgate_up, ddown
 
 
+class _GatherRows(torch.autograd.Function):
+    """Copies of tokens, (n, h) -> (r, h); the backward pass is the sum below and not an index_put, which would sort again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+        ctx.save_for_backward(row_of_slot)
+        return x.index_select(0, token_of_row)
+
+    @staticmethod
+    def backward(ctx, drows: Tensor):
+        return _sum_rows(drows.contiguous(), *ctx.saved_tensors), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """The sum of each token's rows, (r, h) -> (n, h): the transpose of `_GatherRows`."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+        ctx.save_for_backward(token_of_row)
+        return _sum_rows(rows, row_of_slot)
+
+    @staticmethod
+    def backward(ctx, dout: Tensor):
+        return dout.index_select(0, *ctx.saved_tensors), None, None
+
+
 def _grouped_products(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """For GPUs: one grouped product a projection. Where the groups end stays on the device, so the host never waits."""
     slot_of_row, row_of_slot, ends = _sort_by_expert(experts, gate_up.shape[0])
     ends = ends.to(torch.int32)
-    gate, up = F.grouped_mm(x[slot_of_row // experts.shape[1]], gate_up.mT, offs=ends).chunk(2, dim=-1)
+    token_of_row = slot_of_row // experts.shape[1]
+    rows = _GatherRows.apply(x, token_of_row, row_of_slot)
+    gate, up = F.grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, dim=-1)
     act = F.silu(gate) * up * weights.flatten()[slot_of_row, None]
-    return F.grouped_mm(act, down.mT, offs=ends)[row_of_slot].sum(1)
+    return _SumRows.apply(F.grouped_mm(act, down.mT, offs=ends), token_of_row, row_of_slot)
 
 
 @register("routed_experts", "torch")

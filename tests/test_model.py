@@ -333,7 +333,7 @@ def test_detach_trunk_keeps_the_mtp_loss_out_of_the_trunk_and_changes_nothing_el
     for name, gradient in gradients(model, detached.mtp).items():
         if name.startswith("mtp."):
             torch.testing.assert_close(gradient, leaking[name], msg=name)
-        elif name.startswith(("model.layers.", "model.norm.")):
+        else:  # the trunk, the embedding and the head: what the model says stays as it is (SkyRL#1832)
             assert leaking[name].count_nonzero() > 0 and gradient.count_nonzero() == 0, name
 
 
@@ -657,7 +657,7 @@ def test_the_host_never_waits_for_the_device_in_a_training_step(packed, monkeypa
     # What is only done on CPUs: look at the ids, and hand each expert its own tokens.
     with pytest.raises(DataDependentOutputException):
         step()
-    monkeypatch.setattr(GLM, "_check", lambda *arguments: None)
+    monkeypatch.setattr(GLM, "_check_vocabulary", lambda *arguments: None)
     with pytest.raises(RuntimeError):
         step()
     monkeypatch.setattr(ops._RoutedExperts, "apply", ops._grouped_products)
