@@ -75,6 +75,8 @@ class Params:
     """To train on, for the time; goes with --device-tflops."""
     device_tflops: float | None = None
     """What the devices together really reach, in 10^12 FLOPs a second."""
+    micro_batch_tokens: int | None = None
+    """So many go through the model at once, for the memory of the activations (by default one sequence)."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ def run_params(command: Params) -> int:
     is_folder = path.is_dir() or path.suffix == ".json"
     config = GLMConfig.from_pretrained(path) if is_folder else GLMConfig.from_toml(find_config("model", path))
     try:
-        print(report(config, command.sequence_length, command.tokens, command.device_tflops))
+        print(report(config, command.sequence_length, command.tokens, command.device_tflops, command.micro_batch_tokens))
     except ValueError as error:
         raise ConfigError(f"params: {error}") from error
     return 0

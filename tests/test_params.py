@@ -15,6 +15,7 @@ from minglm.config import GLMConfig
 from minglm.model import GLM, KVCache
 from minglm.optim import build_optimizer
 from minglm.params import (
+    activation_bytes_per_token,
     count,
     count_by_construction,
     forward_flops_per_token,
@@ -179,6 +180,44 @@ def test_the_kv_cache_has_the_published_size():
 def test_the_kv_cache_takes_what_is_said(config, dtype):
     cache = KVCache(config, batch=1, max_length=10, dtype=dtype)
     assert cache.keys.nbytes + cache.values.nbytes == 10 * kv_cache_bytes_per_token(config, dtype.itemsize)
+
+
+# ---------------------------------------------------------------- activations
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_qk_norm": False}, {"num_experts_per_tok": 8}, {"num_nextn_predict_layers": 1}])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_take_the_memory_that_autograd_saves(changes, checkpointing, monkeypatch):
+    """The operations that GPUs use, run on a CPU: grouped products and the flash kernel, under bf16 autocast."""
+    monkeypatch.setattr(ops._RoutedExperts, "apply", ops._grouped_products)
+    monkeypatch.setattr(ops._TiledAttention, "longest", 0)
+    config = GLMConfig(hidden_size=256, num_hidden_layers=5, vocab_size=64, num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, **changes)
+    saved = saved_bytes(config, 160, checkpointing) - saved_bytes(config, 32, checkpointing)
+    expected = 128 * activation_bytes_per_token(config, checkpointing)
+    if checkpointing:  # what is kept; the layer that is being recomputed comes later
+        one_more = dataclasses.replace(config, num_hidden_layers=config.num_hidden_layers + 1)
+        expected -= 128 * (activation_bytes_per_token(one_more) - activation_bytes_per_token(config))
+    assert saved == pytest.approx(expected, rel=0.05)
+
+
+def saved_bytes(config: GLMConfig, t: int, checkpointing: bool) -> int:
+    model = GLM(config)
+    model.activation_checkpointing = checkpointing
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept, sizes = [], {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        kept.append(x)  # so that no address is given to another tensor
+        return x
+
+    ids = torch.zeros(1, t, dtype=torch.long)
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        model.loss(ids, ids)
+    return sum(sizes.values())
 
 
 # ---------------------------------------------------------------- report
