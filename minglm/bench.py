@@ -7,6 +7,7 @@ the same weights, and their losses are compared before the clock starts.
 
 import dataclasses
 import gc
+import json
 import math
 import multiprocessing
 import resource
@@ -26,6 +27,7 @@ from minglm.config import GLMConfig
 from minglm.model import GLM
 from minglm.optim import build_optimizer
 from minglm.params import count, training_flops_per_token
+from minglm.train.recipe import find_config
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Workload:
 
 
 WORKLOADS = {
-    "nano": Workload("configs/model/nano.toml", sequences=16, length=256, repeats=11),
-    "tiny": Workload("configs/model/tiny.toml", sequences=4, length=512, repeats=5),
+    "nano": Workload("nano", sequences=16, length=256, repeats=11),
+    "tiny": Workload("tiny", sequences=4, length=512, repeats=5),
 }
 
 # name -> (experts implementation of transformers or gear of ours, kind of optimiser)
@@ -90,7 +92,7 @@ def _wait(device: torch.device) -> None:
 
 def _config(workload: Workload) -> GLMConfig:
     # transformers trains no MTP layer, so neither side has one.
-    return dataclasses.replace(GLMConfig.from_toml(workload.model), num_nextn_predict_layers=0)
+    return dataclasses.replace(GLMConfig.from_toml(find_config("model", workload.model)), num_nextn_predict_layers=0)
 
 
 def _batch(workload: Workload, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -240,8 +242,6 @@ def report(result: dict) -> str:
 
 def main(sizes: tuple[str, ...], out: Path | None, repeats: int | None = None) -> None:
     """Run and print the workloads `sizes`; with `out`, also append each result to that file, one JSON object a line."""
-    import json
-
     for size in sizes:
         result = run(size, repeats=repeats)
         print(report(result) + "\n")

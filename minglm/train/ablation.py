@@ -64,14 +64,17 @@ def with_value(node: Any, path: str, value: Any) -> Any:
 
 
 def variants(recipe: Recipe, variations: Sequence[str]) -> dict[str, Recipe]:
-    """Every combination of the variations' values: label -> recipe. Raises `ConfigError` for keys that do not exist."""
+    """Every combination of the variations' values: label -> recipe. Raises `ConfigError` for keys that do not exist.
+
+    A key with a single value changes all variants alike and is left out of the labels.
+    """
     parsed = [parse_variation(text) for text in variations]
     found = {}
     for combination in itertools.product(*(values for _, values in parsed)):
         varied, label = recipe, []
-        for (path, _), value in zip(parsed, combination, strict=True):
+        for (path, values), value in zip(parsed, combination, strict=True):
             varied = with_value(varied, path, value)
-            label.append(f"{path}={value}")
+            label += [f"{path}={value}"] if len(values) > 1 else []
         found[" ".join(label) or "as it is"] = varied
     return found
 

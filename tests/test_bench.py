@@ -1,0 +1,57 @@
+"""The benchmark compares equals: the same weights, tokens and loss for all, every second of a step accounted for."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from minglm import bench, shakespeare
+from minglm.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def result() -> dict:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.WORKLOADS, "nano", bench.Workload("nano", sequences=1, length=32, repeats=1))
+        return bench.run("nano", device="cpu", memory=False)  # raises if the contestants' losses differ
+
+
+def test_every_contestant_has_a_speed_and_the_shares_add_up(result):
+    assert result["tokens_per_second"].keys() == bench.CONTESTANTS.keys()
+    assert min(result["tokens_per_second"].values()) > 0 and result["peak_flops"] > 1e9
+    assert sum(result["shares"].values()) == pytest.approx(1)
+    assert all(share > 0.001 for part, share in result["shares"].items() if part != "everything else")
+
+
+def test_the_report_divides_by_the_fastest_of_transformers(result):
+    speeds = {name: 100.0 for name in result["tokens_per_second"]}
+    speeds |= {"transformers eager, AdamW": 50.0, "transformers grouped_mm, AdamW": 80.0}
+    lines = bench.report({**result, "tokens_per_second": speeds}).splitlines()
+    assert "1.25" in next(line for line in lines if line.startswith("minglm, Muon"))
+
+
+def test_contestants_that_compute_something_else_are_not_timed(monkeypatch):
+    monkeypatch.setitem(bench.WORKLOADS, "nano", bench.Workload("nano", sequences=1, length=8, repeats=1))
+    build = bench.build_step
+    monkeypatch.setattr(
+        bench, "build_step", lambda name, *rest: (lambda: torch.tensor(1.0)) if "eager" in name else build(name, *rest)
+    )
+    with pytest.raises(RuntimeError, match="same loss"):
+        bench.run("nano", device="cpu", memory=False)
+
+
+def test_a_race_ends_with_both_losses_on_the_same_text(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("ROMEO: To be, or not to be: that is the question.\n" * 400)
+    recipe = shakespeare.load_recipe("shakespeare")
+    training = dataclasses.replace(recipe.training, steps=2, sequence_length=64)
+    short = dataclasses.replace(recipe, training=training, schedule=dataclasses.replace(recipe.schedule, warmup_steps=1))
+    monkeypatch.setattr(shakespeare, "load_recipe", lambda name: short)
+    monkeypatch.setattr(shakespeare, "GPT2_STEPS", 3)
+    monkeypatch.setattr(shakespeare, "GPT2_WARMUP", 1)
+    result = shakespeare.race(text, tmp_path / "race")
+    assert 0 < result["gpt2"]["held_out_loss"] < 6 and 0 < result["minglm"]["held_out_loss_context_64"] < 6
+    assert result["minglm"]["activated_parameters"] <= 809_856  # GPT-2's with tiny shakespeare's 65 characters
+    assert f"{result['gpt2']['parameters']:,}" in shakespeare.report(result)
+    with pytest.raises(ConfigError, match="new folder"):
+        shakespeare.race(text, tmp_path / "race")

@@ -1,0 +1,65 @@
+"""An ablation changes what it says, runs every variant with every seed, and reports means with their intervals."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_run import small_recipe, write_text
+
+from minglm.config import ConfigError
+from minglm.train import ablation
+
+
+def test_a_grid_has_every_combination_and_names_what_differs(tmp_path):
+    recipe = small_recipe(write_text(tmp_path / "text.jsonl"))
+    grid = ablation.variants(recipe, ["optimizer.kind=muon,adamw", "training.steps=3", "optimizer.learning_rate=1e-3,2e-3"])
+    assert list(grid) == [
+        f"optimizer.kind={kind} optimizer.learning_rate={rate}" for kind in ("muon", "adamw") for rate in (1e-3, 2e-3)
+    ]
+    for label, varied in grid.items():
+        assert varied.training.steps == 3
+        assert f"kind={varied.optimizer.kind}" in label and f"rate={varied.optimizer.learning_rate}" in label
+    assert ablation.variants(recipe, []) == {"as it is": recipe}
+
+
+@pytest.mark.parametrize(
+    ("variation", "message"),
+    [
+        ("optimizer.kin=muon", "'kind'"),
+        ("optimizer.kind=sgd", "'muon', 'adamw'"),
+        ("training.steps=many", "a whole number"),
+        ("training.steps", "table.key=value,value"),
+    ],
+)
+def test_a_variation_that_does_not_fit_is_refused_with_what_would(tmp_path, variation, message):
+    with pytest.raises(ConfigError, match=message):
+        ablation.variants(small_recipe(write_text(tmp_path / "text.jsonl")), [variation])
+
+
+def test_each_variant_is_trained_with_each_seed_and_a_second_call_trains_nothing(tmp_path):
+    recipe = small_recipe(write_text(tmp_path / "text.jsonl"), steps=3)
+    arguments = (recipe, ["training.router_bias_rate=0.0,0.001"], [1, 2], tmp_path / "out")
+    results = ablation.ablate(*arguments)
+    assert [len(runs) for runs in results.values()] == [2, 2]
+    assert len({run.loss for runs in results.values() for run in runs}) > 2  # seeds differ
+    assert all(run.loss > 0 and run.bits_per_byte > 0 and run.max_violation >= 0 for runs in results.values() for run in runs)
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "out" / "results.json").read_text()).keys() == results.keys()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert ablation.ablate(*arguments) == results
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
+    assert ablation.report(results).count("\n| ") == 2
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.floats(-1e3, 1e3))
+def test_the_interval_moves_with_the_values_and_keeps_its_width(values, shift):
+    mean, width = map(float, ablation.mean_and_interval(values).split(" ± "))
+    moved_mean, moved_width = map(float, ablation.mean_and_interval([value + shift for value in values]).split(" ± "))
+    assert math.isclose(moved_mean, mean + shift, abs_tol=2e-4) and math.isclose(moved_width, width, abs_tol=2e-4)
+
+
+def test_the_interval_of_three_values_is_students():
+    assert ablation.mean_and_interval([1.0, 2.0, 3.0]) == "2.0000 ± 2.4826"  # 4.30 * 1 / sqrt(3)
+    assert ablation.mean_and_interval([1.5]) == "1.5000"
