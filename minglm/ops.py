@@ -280,8 +280,10 @@ class _TiledAttention(torch.autograd.Function):
     def fold(x: Tensor, kv_heads: int) -> Tensor:
         """(b, t, heads, d) -> (tiles, m, group * tile, d), padded with zeros to whole tiles."""
         tile = _TiledAttention.tile
-        x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % tile))
-        return rearrange(x, "b (n tile) (kv g) d -> n (b kv) (g tile) d", tile=tile, kv=kv_heads).contiguous()
+        if x.shape[1] % tile:
+            x = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % tile))
+        x = rearrange(x, "b (n tile) (kv g) d -> n (b kv) (g tile) d", tile=tile, kv=kv_heads)
+        return x.clone(memory_format=torch.contiguous_format)  # always a copy: the queries are then scaled in place
 
     @staticmethod
     def unfold(x: Tensor, t: int, kv_heads: int) -> Tensor:

@@ -231,6 +231,16 @@ def test_a_document_of_one_token_attends_to_itself_alone(gear):
     torch.testing.assert_close(out, v)
 
 
+@pytest.mark.parametrize("gear", all_gears("attention"))
+def test_attention_leaves_its_inputs_as_they_were(gear):
+    """One sequence, one head and one whole tile: no reordering is needed there, so nothing copies them by the way."""
+    q, k, v = (torch.randn(1, 64, 1, 8, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+    before = [x.detach().clone() for x in (q, k, v)]
+    with ops.using(gear):
+        ops.attention(q, k, v, None).sum().backward()
+    assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
+
+
 @pytest.mark.parametrize("gear", [gear for gear in all_gears("attention") if gear != "naive"])
 @pytest.mark.parametrize("mask", ["causal", "documents", "one mask for the batch"])
 @pytest.mark.parametrize(("b", "t", "heads", "kv_heads"), [(2, 1100, 2, 1), (3, 200, 24, 2)])
