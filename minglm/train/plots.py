@@ -80,11 +80,11 @@ def _plot_bits_per_byte(axes: Axes, held_out: Records) -> None:
 def _plot_learning_rate(axes: Axes, steps: Records) -> None:
     axes.set_title("learning rate")
     axes.plot(_column(steps, "step"), _column(steps, "learning_rate"), color=GREEN)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(bottom=0)
     sequences = _column(steps, "sequences")
     if sequences.min() != sequences.max():
-        axes.set_title("learning rate (line), sequences per step (dots)")
+        axes.set_title("learning rate; batch (dots)")
         right = axes.twinx()
         right.plot(_column(steps, "step"), sequences, ":", color=GREY)
         right.set_ylim(bottom=0)
@@ -96,7 +96,8 @@ def _plot_gradient_norm(axes: Axes, steps: Records) -> None:
     axes.set_title("gradient norm before clipping")
     _plot_noisy(axes, _column(steps, "step"), _column(steps, "gradient_norm"), BLUE)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _finish_steps(axes)
 
 
@@ -109,13 +110,13 @@ def _plot_speed(axes: Axes, steps: Records) -> None:
 
 
 def _plot_max_violation(axes: Axes, steps: Records) -> None:
-    axes.set_title("MaxVio by MoE layer: largest load / mean - 1")
+    axes.set_title("MaxVio: largest load / mean - 1")
     by_layer = _column(steps, "max_violation").T  # (layers, steps)
     for layer, values in enumerate(by_layer):
         shade = 0.25 + 0.75 * (layer + 1) / len(by_layer)
         axes.plot(_column(steps, "step"), _smooth(values), color=BLUE, alpha=shade, lw=1.2)
     if len(by_layer):
-        _plot_noisy(axes, _column(steps, "step"), by_layer.mean(0), RED, "mean of layers", raw=False)
+        _plot_noisy(axes, _column(steps, "step"), by_layer.mean(0), RED, "mean of MoE layers", raw=False)
         axes.legend(loc="upper right")
     axes.set_ylim(bottom=0)
     _finish_steps(axes)
