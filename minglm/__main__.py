@@ -24,7 +24,7 @@ DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without
 class Demo:
     """Train a small GLM-4.5 on the text that this Python installation holds: tokenizer, training, plots, samples.
 
-    About five minutes on two CPU cores. Run again, it goes on where it was stopped.
+    About four minutes on two CPU cores. Run again, it goes on where it was stopped.
     """
 
     quick: bool = False
