@@ -145,17 +145,24 @@ def build_step(name: str, workload: Workload, device: torch.device) -> Callable[
     return step
 
 
+def _high_water() -> int:
+    """Peak memory of this process in bytes. (Linux's `ru_maxrss` would be inherited from the process that started it.)"""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
 def _peak_bytes(name: str, workload: Workload, threads: int) -> int:
     """Runs in a fresh process: how far three steps push its peak memory above that of the imports."""
     torch.set_num_threads(threads)
-    device = torch.device("cpu")
     import transformers  # noqa: F401  its import counts for nobody
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    step = build_step(name, workload, device)
+    before = _high_water()
+    step = build_step(name, workload, torch.device("cpu"))
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return _high_water() - before
 
 
 def peak_memory(name: str, workload: Workload) -> int:

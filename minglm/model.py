@@ -439,14 +439,15 @@ class GLM(nn.Module):
         A layer whose router is frozen keeps its bias (Megatron-LM#4785). Under data parallelism sum `expert_load` over the
         ranks first. Returns the maximal violation of each MoE layer, max load / mean load - 1, fp32 (layers,).
         """
-        load = self.expert_load.double()  # counts are exact in double, not in bf16 (Megatron-LM#7081)
-        mean = load.mean(1, keepdim=True)
-        steps = (rate * torch.sign(mean - load)).float()
+        load, num_experts = self.expert_load, self.config.n_routed_experts
+        total = load.sum(1, keepdim=True)
+        # Whole numbers compare exactly where bf16 would flip signs (Megatron-LM#7081): mean > load, times the experts.
+        steps = rate * torch.sign(total - num_experts * load).float()
         for router, step in zip(self.routers(), steps, strict=True):
             if router.weight.requires_grad:
                 router.e_score_correction_bias += step
-        mean = mean[:, 0]
-        max_violation = torch.where(mean > 0, load.amax(1) / mean - 1, 0.0)  # a layer that saw no token violates nothing
+        share = load.amax(1) * num_experts / total[:, 0].clamp(min=1)  # of the busiest expert, 1 = fair
+        max_violation = torch.where(total[:, 0] > 0, share - 1, 0.0)  # a layer that saw no token violates nothing
         self.expert_load.zero_()
         return max_violation.float()
 

@@ -55,3 +55,9 @@ def test_a_race_ends_with_both_losses_on_the_same_text(tmp_path, monkeypatch):
     assert f"{result['gpt2']['parameters']:,}" in shakespeare.report(result)
     with pytest.raises(ConfigError, match="new folder"):
         shakespeare.race(text, tmp_path / "race")
+
+
+def test_the_memory_of_a_step_is_measured_in_a_process_of_its_own():
+    workload = bench.Workload("nano", sequences=1, length=32, repeats=1)
+    weights_gradients_and_moments = 4 * 4 * 2_297_216
+    assert weights_gradients_and_moments < bench.peak_memory("minglm, AdamW", workload) < 10 * weights_gradients_and_moments

@@ -290,3 +290,13 @@ def test_metrics_are_strict_json(text, tmp_path):
 
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_the_same(text, tmp_path):
+    """A minute on a CPU, nearly all of it the compiler's."""
+    for name, hardware in (("plain", {}), ("compiled", {"compile": True})):
+        run_small(small_recipe(text, steps=2, every=100, **hardware), tmp_path / name)
+    for plain, compiled in zip(records(tmp_path / "plain", "step"), records(tmp_path / "compiled", "step"), strict=True):
+        assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-4)
+        assert compiled["gradient_norm"] == pytest.approx(plain["gradient_norm"], rel=1e-3)
