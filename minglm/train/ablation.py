@@ -163,7 +163,7 @@ def _plot_curves(metrics: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], p
         for number, records in enumerate(runs):
             style = {"color": f"C{index}", "label": None if number else label, "linewidth": 1}
             held_out = [(r["step"], r["loss"]) for r in records if r["kind"] == "held_out" and r["step"]]
-            left.plot(*zip(*held_out, strict=True), **style)
+            left.plot(*zip(*held_out, strict=True), marker="o", markersize=3, **style)
             routed = [r for r in records if r["kind"] == "step" and r["max_violation"]]
             if routed:
                 steps = [(r["step"], statistics.mean(r["max_violation"])) for r in routed]
