@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from minglm.checkpoint import load_model
 from minglm.config import ConfigError
+from minglm.data.sources import TRAIN_SHARE_WITHIN_DOCUMENT
 from minglm.params import count
 from minglm.tokenizer import Tokenizer
 from minglm.train.ablation import with_value
@@ -26,7 +27,6 @@ from minglm.train.recipe import load_recipe
 from minglm.train.trainer import train
 
 GPT2_CONTEXT, GPT2_BATCH, GPT2_STEPS, GPT2_WARMUP = 64, 12, 2000, 100
-TRAIN_SHARE = 0.9  # nanoGPT's split, and that of minglm.data for a single document
 
 
 def race(text_file: Path, folder: Path, seed: int = 1) -> dict:
@@ -46,18 +46,24 @@ def race(text_file: Path, folder: Path, seed: int = 1) -> dict:
         if record["kind"] == "held_out" and record["seconds"] <= result["gpt2"]["seconds"]
     ][-1]
     model = load_model(outcome.checkpoint).eval()
-    ids = torch.tensor(Tokenizer.from_pretrained(outcome.checkpoint).encode(text[int(TRAIN_SHARE * len(text)) :]))
+    ids = torch.tensor(Tokenizer.from_pretrained(outcome.checkpoint).encode(text[_train_length(text) :]))
     sizes = count(model.config)
     result["minglm"] = {
         "seconds": in_time["seconds"],
         "steps": in_time["step"],
         "held_out_loss": in_time["loss"],
         "held_out_loss_context_64": _windowed_loss(lambda x: model(x).logits, ids, GPT2_CONTEXT),
+        "finished_in_time": in_time["step"] == outcome.step,
         "activated_parameters": sizes.activated,
         "parameters": sizes.total,
     }
     (folder / "race.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _train_length(text: str | Tensor) -> int:
+    """Where the held-out part begins: nanoGPT's split, and that of minglm.data for a single document."""
+    return int(TRAIN_SHARE_WITHIN_DOCUMENT * len(text))
 
 
 def _train_gpt2(text: str, seed: int) -> dict:
@@ -66,7 +72,7 @@ def _train_gpt2(text: str, seed: int) -> dict:
     torch.manual_seed(seed)
     characters = sorted(set(text))
     ids = torch.tensor([characters.index(c) for c in text])
-    train_ids, held_out_ids = ids.split([int(TRAIN_SHARE * len(ids)), len(ids) - int(TRAIN_SHARE * len(ids))])
+    train_ids, held_out_ids = ids.split([_train_length(ids), len(ids) - _train_length(ids)])
     config = GPT2Config(
         vocab_size=len(characters), n_positions=GPT2_CONTEXT, n_embd=128, n_layer=4, n_head=4,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
@@ -113,6 +119,7 @@ def _windowed_loss(logits: Callable[[Tensor], Tensor], ids: Tensor, context: int
 def report(result: dict) -> str:
     """The result of a race as text."""
     theirs, ours = result["gpt2"], result["minglm"]
+    late = [] if ours["finished_in_time"] else ["minglm finished after GPT-2: its loss at context 64 is that of its end"]
     return "\n".join(
         [
             f"{'':34}{'GPT-2':>12}{'minglm':>12}",
@@ -120,5 +127,6 @@ def report(result: dict) -> str:
             f"{'held-out loss, own context':34}{theirs['held_out_loss']:>12.3f}{ours['held_out_loss']:>12.3f}",
             f"{'held-out loss, context 64':34}{theirs['held_out_loss']:>12.3f}{ours['held_out_loss_context_64']:>12.3f}",
             f"{'activated parameters':34}{theirs['parameters']:>12,}{ours['activated_parameters']:>12,}",
+            *late,
         ]
     )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from packed import pack
 from torch import Tensor
 
 from minglm.config import GLMConfig
@@ -45,21 +46,6 @@ def small_model(seed: int = 0, **changes) -> GLM:
         torch.nn.init.normal_(router.weight)
         router.e_score_correction_bias.copy_(RATE * torch.randint(-50, 51, router.e_score_correction_bias.shape))
     return model
-
-
-def pack(rows: list[list[list[int]]], length: int, left: int = 0) -> Batch:
-    """Rows of documents, padded on the left by `left` tokens and on the right up to `length` tokens more."""
-    input_ids = torch.zeros(len(rows), left + length, dtype=torch.long)
-    labels, document_ids = torch.full_like(input_ids, -100), torch.full_like(input_ids, -1)
-    for row, documents in enumerate(rows):
-        start = left
-        for index, document in enumerate(documents):
-            end = start + len(document)
-            input_ids[row, start:end] = torch.tensor(document)
-            labels[row, start : end - 1] = torch.tensor(document[1:])
-            document_ids[row, start:end] = index
-            start = end
-    return input_ids, labels, document_ids
 
 
 def train_step(model: GLM, micro_batches: list[Batch]) -> list[Tensor]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import pack
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -60,21 +61,6 @@ def random_ids(seed: int, *shape: int) -> Tensor:
 
 def next_tokens(input_ids: Tensor) -> Tensor:
     return F.pad(input_ids[:, 1:], (0, 1), value=IGNORED)
-
-
-def pack(rows: list[list[list[int]]], length: int, left: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of documents -> input_ids, labels, document_ids (rows, left + length), padded on both sides."""
-    input_ids = torch.zeros(len(rows), left + length, dtype=torch.long)
-    labels, document_ids = torch.full_like(input_ids, IGNORED), torch.full_like(input_ids, PADDING)
-    for row, documents in enumerate(rows):
-        start = left
-        for index, document in enumerate(documents):
-            end = start + len(document)
-            input_ids[row, start:end] = torch.tensor(document)
-            labels[row, start : end - 1] = torch.tensor(document[1:])
-            document_ids[row, start:end] = index
-            start = end
-    return input_ids, labels, document_ids
 
 
 def gradients(model: GLM, loss: Tensor) -> dict[str, Tensor]:
