@@ -164,7 +164,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 # ------------------------------------------------------------------------------------------------------- the torch gear
 
 
-def _in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, cast to its dtype. Our autograd functions call matrix products that autocast does not see inside."""
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
@@ -251,7 +251,7 @@ def _document_mask(document_ids: Tensor) -> Tensor | BlockMask:
 
 @register("attention", "torch")
 def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | BlockMask | None) -> Tensor:
-    q, k, v = _in_autocast_dtype(q, k, v)
+    q, k, v = in_autocast_dtype(q, k, v)
     t, s = q.shape[1], k.shape[1]
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if q.device.type == "cpu" and training and t == s <= _TiledAttention.longest:
@@ -386,12 +386,12 @@ class _SwiGLU(torch.autograd.Function):
 
 @register("swiglu", "torch")
 def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    x, gate, up, down = _in_autocast_dtype(x, gate, up, down)
+    x, gate, up, down = in_autocast_dtype(x, gate, up, down)
     flat = x.reshape(-1, x.shape[-1])  # (tokens, h)
     return _SwiGLU.apply(flat, gate, up, down).reshape(*x.shape[:-1], down.shape[0])
 
 
-def _sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_by_expert(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Rows are the n * k (token, expert) pairs, sorted by expert. experts (n, k) -> which slot n * k + k each row comes from,
     (r,); which row each slot has become, (n, k); where each expert's rows end, (e,). All int64, without a host sync."""
     sorted_experts, slot_of_row = experts.flatten().sort(stable=True)
@@ -418,7 +418,7 @@ class _RoutedExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-        slot_of_row, row_of_slot, ends = _sort_by_expert(experts, gate_up.shape[0])
+        slot_of_row, row_of_slot, ends = sort_by_expert(experts, gate_up.shape[0])
         ends = ends.tolist()
         pieces = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
         token_of_row = slot_of_row // experts.shape[1]
@@ -481,20 +481,30 @@ class _SumRows(torch.autograd.Function):
         return dout.index_select(0, *ctx.saved_tensors), None, None
 
 
+def gather_rows(x: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    """A copy of its token for each row, (n, h) -> (r, h), where `sort_by_expert` has brought the rows into order."""
+    return _GatherRows.apply(x, token_of_row, row_of_slot)
+
+
+def sum_rows(rows: Tensor, token_of_row: Tensor, row_of_slot: Tensor) -> Tensor:
+    """The sum of each token's rows, (r, h) -> (n, h): the transpose of `gather_rows`."""
+    return _SumRows.apply(rows, token_of_row, row_of_slot)
+
+
 def _grouped_products(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """For GPUs: one grouped product a projection. Where the groups end stays on the device, so the host never waits."""
-    slot_of_row, row_of_slot, ends = _sort_by_expert(experts, gate_up.shape[0])
+    slot_of_row, row_of_slot, ends = sort_by_expert(experts, gate_up.shape[0])
     ends = ends.to(torch.int32)
     token_of_row = slot_of_row // experts.shape[1]
-    rows = _GatherRows.apply(x, token_of_row, row_of_slot)
+    rows = gather_rows(x, token_of_row, row_of_slot)
     gate, up = F.grouped_mm(rows, gate_up.mT, offs=ends).chunk(2, dim=-1)
     act = F.silu(gate) * up * weights.flatten()[slot_of_row, None]
-    return _SumRows.apply(F.grouped_mm(act, down.mT, offs=ends), token_of_row, row_of_slot)
+    return sum_rows(F.grouped_mm(act, down.mT, offs=ends), token_of_row, row_of_slot)
 
 
 @register("routed_experts", "torch")
 def _routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    x, gate_up, down = _in_autocast_dtype(x, gate_up, down)
+    x, gate_up, down = in_autocast_dtype(x, gate_up, down)
     weights = weights.to(x.dtype)
     run = _grouped_products if x.device.type == "cuda" else _RoutedExperts.apply
     return run(x, experts, weights, gate_up, down)
@@ -546,5 +556,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 @register("linear_cross_entropy", "torch")
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    hidden, weight = _in_autocast_dtype(hidden, weight)
+    hidden, weight = in_autocast_dtype(hidden, weight)
     return _LinearCrossEntropy.apply(hidden, weight, labels)
