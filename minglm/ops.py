@@ -11,6 +11,8 @@ expert of it, e experts, i width of an expert, v vocabulary.
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,6 +29,10 @@ _implementations: dict[str, dict[str, Callable]] = {}
 _gear = "torch"
 
 
+class GearError(ValueError):
+    """A gear that does not exist, or that does not run here."""
+
+
 def operation(naive: Callable) -> Callable:
     """Declare an operation by its naive definition; the returned function runs it in the gear in use."""
     name = naive.__name__
@@ -36,9 +42,10 @@ def operation(naive: Callable) -> Callable:
     def run(*args, **kwargs):
         table = _implementations[name]
         gear = next(gear for gear in GEARS[GEARS.index(_gear) :: -1] if gear in table)
-        if torch.compiler.is_compiling() and gear == "torch":
-            # torch.compile fuses the naive form of elementwise work by itself; what writes into slices it must not enter.
-            if name in FUSED_BY_COMPILER:
+        if torch.compiler.is_compiling() and gear != "naive":
+            # torch.compile fuses the naive form of elementwise work by itself; what writes into slices it must not enter,
+            # nor the launchers of kernels.
+            if gear == "torch" and name in FUSED_BY_COMPILER:
                 return naive(*args, **kwargs)
             return torch.compiler.disable(table[gear])(*args, **kwargs)
         return table[gear](*args, **kwargs)
@@ -61,9 +68,14 @@ def register(name: str, gear: str) -> Callable:
 
 @contextlib.contextmanager
 def using(gear: str) -> Iterator[None]:
-    """Run everything inside in `gear`: "naive", "torch" or "triton". Process-wide, not per thread."""
+    """Run everything inside in `gear`: "naive", "torch" or "triton". Process-wide, not per thread.
+
+    Raises `GearError` for a gear that does not exist or whose packages are not installed.
+    """
     global _gear
     _check_gear(gear)
+    if gear == "triton":
+        _load_kernels()
     before, _gear = _gear, gear
     try:
         yield
@@ -73,7 +85,24 @@ def using(gear: str) -> Iterator[None]:
 
 def _check_gear(gear: str) -> None:
     if gear not in GEARS:
-        raise ValueError(f"gear {gear!r} does not exist; wanted one of {', '.join(GEARS)}")
+        raise GearError(f"gear {gear!r} does not exist; wanted one of {', '.join(GEARS)}")
+
+
+def _load_kernels() -> None:
+    """Import the package `kernels`, which registers its operations. By name: `kernels` imports this module, never the reverse."""
+    if any("triton" in table for table in _implementations.values()):
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise GearError(
+            "gear 'triton' needs the package triton, which exists for Linux (pip install -r requirements.txt): "
+            "install it, or use gear 'torch'"
+        )
+    package = importlib.import_module("kernels")
+    if not any("triton" in table for table in _implementations.values()):
+        raise GearError(
+            f"gear 'triton': the package kernels in {package.__path__[0]} is not minglm's; wanted the one beside minglm: "
+            "run from the repository, uninstall the other one, or use gear 'torch'"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- the naive definitions

@@ -251,7 +251,7 @@ def test_an_exception_in_the_prefetching_thread_surfaces(prepared, monkeypatch):
     good = stream.next(2)
     answers = iter([good])
 
-    def read(_sequences):
+    def read(_sequences, _rank, _ranks):
         for answer in answers:
             return answer
         raise OSError("the disk is gone")

@@ -1,13 +1,13 @@
 """How well a model predicts text that it has never seen, in a unit that does not depend on the tokenizer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from minglm.data.stream import IGNORED, Batch
+from minglm.data.stream import IGNORED, PADDING, Batch
 from minglm.model import GLM
 from minglm.train.device import Device
 from minglm.train.prefetch import to_device
@@ -26,15 +26,30 @@ class HeldOutLoss:
     bits_per_byte: float  # of UTF-8 text
 
 
+def share_of_rank(batches: Sequence[Batch], rank: int, ranks: int) -> list[Batch]:
+    """Every `ranks`-th batch; some shares end with padding, for all ranks go through a spread model equally often."""
+    share = list(batches[rank::ranks])
+    if len(share) < -(-len(batches) // ranks):
+        like = batches[0]
+        labels, documents = torch.full_like(like.labels, IGNORED), torch.full_like(like.document_ids, PADDING)
+        share.append(Batch(like.input_ids, labels, documents))
+    return share
+
+
 @torch.no_grad()
-def evaluate_held_out(model: GLM, batches: Iterable[Batch], byte_lengths: Tensor, device: Device) -> HeldOutLoss:
+def evaluate_held_out(
+    model: GLM,
+    batches: Iterable[Batch],
+    byte_lengths: Tensor,
+    device: Device,
+    sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> HeldOutLoss:
     """byte_lengths (vocabulary,) int: bytes of text that each id stands for, 0 for special tokens, on the device.
 
-    bits per byte = summed nats / ln 2 / bytes of the predicted tokens. The model's mode and expert counts stay. Raises
-    HeldOutError if no token stands for text.
+    bits per byte = summed nats / ln 2 / bytes of the predicted tokens, over all ranks' batches. The model's mode and expert
+    counts stay. Raises HeldOutError if no token stands for text.
     """
-    nats = mtp_nats = 0.0
-    tokens = mtp_tokens = num_bytes = 0
+    sums = torch.zeros(5, dtype=torch.float64)  # nats and tokens of the head, of the MTP layer, and bytes
     was_training = model.training
     model.eval()  # in training mode the model would count these tokens as expert load
     for batch in batches:
@@ -45,12 +60,11 @@ def evaluate_held_out(model: GLM, batches: Iterable[Batch], byte_lengths: Tensor
         counts = model.count_targets(labels, batch.document_ids)
         with device.autocast():
             loss = model.loss(batch.input_ids, labels, batch.document_ids)
-        nats += loss.lm.item() * counts.lm.item()
-        mtp_nats += loss.mtp.item() * counts.mtp.item()
-        tokens += counts.lm.item()
-        mtp_tokens += counts.mtp.item()
-        num_bytes += lengths[is_text].sum().item()
+        lm, mtp, lm_tokens, mtp_tokens = (x.item() for x in (loss.lm, loss.mtp, counts.lm, counts.mtp))
+        num_bytes = lengths[is_text].sum().item()
+        sums += torch.tensor([lm * lm_tokens, lm_tokens, mtp * mtp_tokens, mtp_tokens, num_bytes], dtype=torch.float64)
     model.train(was_training)
+    nats, tokens, mtp_nats, mtp_tokens, num_bytes = sum_over_ranks(sums).tolist()
     if not num_bytes:
         raise HeldOutError("the held-out tokens hold no text to predict; give more of them, or longer documents")
     return HeldOutLoss(

@@ -23,14 +23,17 @@ class MetricsError(ValueError):
 
 
 class MetricsFile:
-    """Appends to a `metrics.jsonl`; each record is on disk when `write` returns."""
+    """Appends to a `metrics.jsonl`; each record is on disk when `write` returns.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    Where several ranks train together, the first has it enabled and writes for all.
+    """
+
+    def __init__(self, path: str | Path, enabled: bool = True):
+        self.path, self.enabled = Path(path), enabled
 
     def cut_back(self, step: int) -> None:
         """Forget what was recorded after `step`, and a last line that was cut off when its writer was killed."""
-        if not self.path.exists():
+        if not self.enabled or not self.path.exists():
             return
         lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
         kept = [line for number, line in enumerate(lines, 1) if _parse(line, self.path, number)["step"] <= step]
@@ -41,6 +44,8 @@ class MetricsFile:
     def write(self, *records: Mapping[str, Any]) -> None:
         """Append records. Raises ValueError for NaN or infinity, which JSON does not have, MetricsError for a full disk."""
         lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        if not self.enabled:
+            return
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(lines)

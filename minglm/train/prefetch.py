@@ -15,14 +15,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 class Prefetcher:
-    """Deals micro-batches of a stream, reading the next one ahead in a thread.
+    """Deals this rank's micro-batches of a stream, reading the next one ahead in a thread.
 
     `state_dict` is the stream's as of the last micro-batch dealt, whatever was read ahead. An exception in the thread is
     raised by the `next` that wanted its micro-batch.
     """
 
-    def __init__(self, stream: TokenStream, sequences: int, device: torch.device):
+    def __init__(self, stream: TokenStream, sequences: int, device: torch.device, rank: int = 0, ranks: int = 1):
         self._stream, self._sequences, self._device = stream, sequences, device
+        self._rank, self._ranks = rank, ranks
         self._state = stream.state_dict()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._ahead = self._thread.submit(self._read)
@@ -39,7 +40,7 @@ class Prefetcher:
         self._thread.shutdown()
 
     def _read(self) -> tuple[Batch, dict[str, Any]]:
-        batch = self._stream.next(self._sequences)
+        batch = self._stream.next(self._sequences, self._rank, self._ranks)
         if self._device.type == "cuda":  # only pinned memory is copied while the host goes on
             batch = Batch(*(getattr(batch, field.name).pin_memory() for field in fields(batch)))
         return batch, self._stream.state_dict()

@@ -15,19 +15,18 @@ from signal import Signals
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from minglm import ops
-from minglm.checkpoint import load_model, save_model, write_folder_atomically
 from minglm.data.shards import Dataset
 from minglm.data.sources import TRAIN
 from minglm.data.stream import TokenStream, held_out_batches
-from minglm.model import GLM, DecoderLayer, LossTotals
-from minglm.optim import build_optimizer
+from minglm.params import count
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import Device, choose_device
-from minglm.train.held_out import evaluate_held_out
+from minglm.train.held_out import evaluate_held_out, share_of_rank
+from minglm.train.learner import Learner
 from minglm.train.metrics import MetricsFile, read_metrics
 from minglm.train.plots import plot_overview
 from minglm.train.prefetch import Prefetcher
@@ -79,12 +78,14 @@ def train(
     with ExitStack() as stack:
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
-        trainer = stack.enter_context(closing(Trainer(recipe, folder, device, tokenizer, dataset, checkpoint, generate)))
+        trainer = stack.enter_context(
+            closing(Trainer(recipe, folder, device, tokenizer, dataset, checkpoint, generate=generate))
+        )
         return trainer.run(stop)
 
 
 class Trainer:
-    """One run: the model, its optimiser, its place in the data, and the steps done so far."""
+    """One run: what learns, its place in the data, and the steps done so far."""
 
     def __init__(
         self,
@@ -94,50 +95,39 @@ class Trainer:
         tokenizer: Tokenizer,
         dataset: Dataset,
         checkpoint: Path | None = None,
+        make_learner: Callable[..., Learner] = Learner,
         generate: Callable[..., list[list[int]]] | None = None,
     ):
-        """At the beginning, or as of `checkpoint`."""
+        """At the beginning, or as of `checkpoint`. Where several ranks train together, the first alone writes and prints."""
         training = recipe.training
         self.recipe, self.folder, self.device, self.tokenizer = recipe, folder, device, tokenizer
         self.generate = generate
         self.step = self.tokens = 0
         self.seconds_before = 0.0  # that this run took in processes which were stopped or killed
 
-        torch.manual_seed(recipe.seed)
         # What other programs read from config.json: where the model's turn ends, and what fills up a batch.
         ids = {"eos_token_id": list(tokenizer.end_of_turn_ids), "pad_token_id": tokenizer.end_of_document_id}
         config = replace(recipe.model, unused={**recipe.model.unused, **ids})
-        model = GLM(config) if checkpoint is None else load_model(checkpoint)
-        self.model = model.to(device.torch_device).train()
-        self.model.activation_checkpointing = recipe.hardware.activation_checkpointing
-        self.optimizer = build_optimizer(
-            self.model,
-            recipe.optimizer.learning_rate,
-            kind=recipe.optimizer.kind,
-            momentum=recipe.optimizer.momentum,
-            betas=recipe.optimizer.betas,
-            weight_decay=recipe.optimizer.weight_decay,
-        )
+        self.learner = make_learner(recipe, config, device, checkpoint)
+        self.model, self.is_first = self.learner.model, self.learner.rank == 0
         stream = TokenStream(dataset, TRAIN, training.sequence_length, recipe.seed)
         held_out = held_out_batches(
             dataset, training.sequence_length, training.sequences_per_micro_batch, recipe.evaluation.tokens
         )
-        self.held_out = list(held_out)
+        self.held_out = share_of_rank(list(held_out), self.learner.rank, self.learner.ranks)
         self.byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths()).to(device.torch_device)
         self.prompts = encode_prompts(recipe.samples.prompts, tokenizer)
 
-        self.metrics = MetricsFile(folder.metrics)
+        self.metrics = MetricsFile(folder.metrics, enabled=self.is_first)
         self.unread: list[tuple[dict[str, Any], Tensor]] = []  # records of steps whose numbers are still on the device
-        self.expert_load: Tensor | None = None  # of the last step
         self.bits_per_byte = math.nan
         if checkpoint is not None:
             self._restore(checkpoint, stream)
-        self._describe(stream.sequences_per_epoch)
-        self.stream = Prefetcher(stream, training.sequences_per_micro_batch, device.torch_device)
-        if recipe.hardware.compile:
-            for module in self.model.modules():
-                if isinstance(module, DecoderLayer):
-                    module.compile()
+        if self.is_first:
+            self._describe(stream.sequences_per_epoch)
+        self.stream = Prefetcher(
+            stream, training.sequences_per_micro_batch, device.torch_device, self.learner.rank, self.learner.ranks
+        )
 
     def close(self) -> None:
         self.stream.close()
@@ -153,13 +143,21 @@ class Trainer:
         self.start = time.perf_counter() - self.seconds_before
         self.read_at = self.drawn_at = self.seconds_before
         interval = 0.5 if sys.stderr.isatty() else 10  # a log file needs no animation
-        with tqdm(total=last, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as self.bar:
+        self.bar = tqdm(
+            total=last,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=interval,
+            disable=not self.is_first,
+        )
+        with self.bar:
             if self.step == 0:
                 self.evaluate()
             while self.step < last and stopped_by is None:
                 self.train_step()
                 if self.step < last:
-                    stopped_by = stop.signal
+                    stopped_by = self.learner.agree(stop.signal)
                 if due(recipe.evaluation.every):
                     self.evaluate()
                 if self.generate is not None and due(recipe.samples.every):
@@ -174,49 +172,30 @@ class Trainer:
         return Outcome(self.step, self.folder.checkpoint(self.step), stopped_by)
 
     def train_step(self) -> None:
-        """One optimiser step. Nothing in it makes the host wait for the device."""
+        """One optimiser step; its numbers stay on the device until `read_metrics`."""
         training = self.recipe.training
         self.step += 1
         batches = [self.stream.next() for _ in range(self._micro_batches(self.step))]
-        # Each micro-batch is divided by what the whole step holds, so that together they are exactly one big batch.
-        counts = [self.model.count_targets(batch.labels, batch.document_ids) for batch in batches]
-        totals = LossTotals(*(torch.stack(count).sum() for count in zip(*counts, strict=True)))
-        losses = torch.zeros(4, device=self.device.torch_device)
-        for batch in batches:
-            with self.device.autocast():
-                loss = self.model.loss(
-                    batch.input_ids,
-                    batch.labels,
-                    batch.document_ids,
-                    mtp_weight=training.mtp_weight,
-                    balance_weight=training.balance_weight,
-                    totals=totals,
-                )
-            loss.total.backward()
-            losses += torch.stack(loss).detach()
-        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.clip_norm or math.inf)
-        learning_rate = self._set_learning_rate()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.expert_load = self.model.expert_load.clone()
-        max_violation = self.model.update_router_bias(training.router_bias_rate)
+        factor = self._learning_rate_factor()
+        numbers = self.learner.step(batches, factor)
 
-        sequences = len(batches) * training.sequences_per_micro_batch
+        sequences = len(batches) * training.sequences_per_micro_batch * self.learner.ranks
         self.tokens += sequences * training.sequence_length
         record = {"step": self.step, "kind": "step", "tokens": self.tokens, "sequences": sequences}
-        record["learning_rate"] = learning_rate
-        self.unread.append((record, torch.cat([losses, gradient_norm[None], max_violation])))
+        record["learning_rate"] = factor * self.recipe.optimizer.learning_rate
+        self.unread.append((record, numbers))
 
     def evaluate(self) -> None:
         """Record the held-out loss, and how the experts are used."""
         self.read_metrics()
-        held_out = evaluate_held_out(self.model, self.held_out, self.byte_lengths, self.device)
+        learner = self.learner
+        held_out = evaluate_held_out(self.model, self.held_out, self.byte_lengths, self.device, learner.sum_over_ranks)
         if not math.isfinite(held_out.loss):
             raise self._diverged(self.step, f"held-out loss not finite ({held_out.loss})")
         self.bits_per_byte = held_out.bits_per_byte
         self.metrics.write({"step": self.step, "kind": "held_out", **asdict(held_out), "seconds": self._seconds()})
-        if self.expert_load is not None and len(self.expert_load):
-            share = self.expert_load / self.expert_load.sum(1, keepdim=True)
+        if learner.expert_load is not None and len(learner.expert_load):
+            share = learner.expert_load / learner.expert_load.sum(1, keepdim=True)
             bias = torch.stack([router.e_score_correction_bias for router in self.model.routers()])
             router = {"expert_share": share.tolist(), "bias": bias.tolist()}
             self.metrics.write({"step": self.step, "kind": "router", **router})
@@ -246,29 +225,31 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint, and drop the oldest ones."""
         self.read_metrics()
-        bad = [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
+        bad = self.learner.bad_weights()
         if bad:
             raise self._diverged(self.step, f"{len(bad)} weight tensors not finite, {bad[0]} the first")
-        state = {
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self._seconds(),
-            "bits_per_byte": self.bits_per_byte,
-            "stream": self.stream.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state_all(),
-        }
-        with write_folder_atomically(self.folder.checkpoint(self.step)) as aside:
-            save_model(self.model, aside)
-            self.tokenizer.save_pretrained(aside)
-            write_state(state, aside)
-        self.folder.prune(self.recipe.checkpoints.keep)
+        with self.learner.writing(self.folder.checkpoint(self.step)) as aside:
+            state = {
+                "step": self.step,
+                "tokens": self.tokens,
+                "seconds": self._seconds(),
+                "bits_per_byte": self.bits_per_byte,
+                "stream": self.stream.state_dict(),
+                **self.learner.save(aside),
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state_all(),
+            }
+            if self.is_first:
+                self.tokenizer.save_pretrained(aside)
+                write_state(state, aside)
+        if self.is_first:
+            self.folder.prune(self.recipe.checkpoints.keep)
         self.read_at = self._seconds()  # not the training's time
 
     def draw(self) -> None:
         """Redraw the plots from the metrics on disk."""
-        plot_overview(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
+        if self.is_first:
+            plot_overview(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
         self.read_at = self.drawn_at = self._seconds()
 
     def _restore(self, checkpoint: Path, stream: TokenStream) -> None:
@@ -276,12 +257,13 @@ class Trainer:
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
         self.bits_per_byte = state["bits_per_byte"]
         stream.load_state_dict(state["stream"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.learner.load(state)
         torch.set_rng_state(state["rng"])
         if len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
         self.metrics.cut_back(self.step)
-        print(f"resuming: {checkpoint}")
+        if self.is_first:
+            print(f"resuming: {checkpoint}")
 
     def read_metrics(self) -> None:
         """Fetch the numbers of the steps since the last time, check and write them, and show the newest."""
@@ -319,17 +301,19 @@ class Trainer:
         return time.perf_counter() - self.start
 
     def _micro_batches(self, step: int) -> int:
+        """Of this rank."""
         training = self.recipe.training
+        at_once = training.sequences_per_micro_batch * self.learner.ranks
         return micro_batches_at(
             step,
-            training.sequences_per_step // training.sequences_per_micro_batch,
-            training.first_sequences_per_step // training.sequences_per_micro_batch,
+            training.sequences_per_step // at_once,
+            training.first_sequences_per_step // at_once,
             training.batch_warmup_steps,
         )
 
-    def _set_learning_rate(self) -> float:
+    def _learning_rate_factor(self) -> float:
         schedule = self.recipe.schedule
-        factor = learning_rate_factor(
+        return learning_rate_factor(
             self.step,
             self.recipe.training.steps,
             schedule.kind,
@@ -337,9 +321,6 @@ class Trainer:
             schedule.decay_steps,
             schedule.final_fraction,
         )
-        for group in self.optimizer.param_groups:
-            group["lr"] = factor * group["initial_lr"]
-        return factor * self.recipe.optimizer.learning_rate
 
     def _diverged(self, step: int, what: str) -> TrainingDiverged:
         newest = self.folder.newest_checkpoint()
@@ -354,8 +335,8 @@ class Trainer:
         """Say what will be done."""
         recipe, training = self.recipe, self.recipe.training
         steps = range(1, training.steps + 1)
-        sequences = training.sequences_per_micro_batch * sum(map(self._micro_batches, steps))
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        sequences = training.sequences_per_micro_batch * self.learner.ranks * sum(map(self._micro_batches, steps))
+        parameters = count(recipe.model).total
         print(
             f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
             f"{recipe.model.n_routed_experts} experts of which a token uses {recipe.model.num_experts_per_tok}, "
