@@ -89,7 +89,7 @@ def _check_gear(gear: str) -> None:
 
 
 def _load_kernels() -> None:
-    """Import the package `kernels`, which registers its operations. By name: `kernels` imports this module, never the reverse."""
+    """Import the package `kernels`, which registers its operations. By name, at run time: it lies above this module."""
     if any("triton" in table for table in _implementations.values()):
         return
     if importlib.util.find_spec("triton") is None:

@@ -1,0 +1,98 @@
+"""What each GPU offers, and the block sizes that the kernels use on it. The launchers and `kernels.compile` read this table.
+
+A matrix kernel makes a tile of `m` rows by `n` columns of its result in registers, from slices `k` deep of both factors that
+wait in shared memory, `stages` of them in flight. The table is chosen so that no kernel spills registers or exceeds the
+shared memory of its target: `python -m kernels.compile` checks each entry and the tests run it.
+"""
+
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """A GPU architecture as Triton's compiler names it. `shared_limit`: bytes of shared memory that one block may have."""
+
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_limit: int
+
+
+class Tile(NamedTuple):
+    """Rows and columns of the result, depth of a slice of the sum, warps, slices in flight. Norms use m rows and no n, k."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+# Shared memory a block: CUDA programming guide, table of technical specifications; gfx942: 64 KiB of LDS a workgroup.
+TARGETS = {
+    "sm_80": Target("cuda", 80, 32, 163 * 1024),
+    "sm_86": Target("cuda", 86, 32, 99 * 1024),
+    "sm_89": Target("cuda", 89, 32, 99 * 1024),
+    "sm_90": Target("cuda", 90, 32, 227 * 1024),
+    "sm_100": Target("cuda", 100, 32, 227 * 1024),
+    "sm_120": Target("cuda", 120, 32, 99 * 1024),
+    "gfx942": Target("hip", "gfx942", 64, 64 * 1024),
+}
+
+# The matrix kernels, by bytes of an element. `gate_up` holds two accumulators, so its tile is half as wide.
+_AMPERE = {
+    2: {
+        "gate_up": Tile(128, 64, 32, 8, 4),
+        "down": Tile(128, 128, 32, 8, 4),
+        "dact": Tile(128, 64, 32, 8, 4),
+        "drows": Tile(128, 128, 32, 8, 4),
+        "dmatrix": Tile(128, 128, 32, 8, 3),
+    },
+    # Exact fp32 products run on the ordinary cores, whose operands come through registers: small tiles.
+    4: {
+        "gate_up": Tile(64, 32, 16, 8, 3),
+        "down": Tile(64, 64, 16, 8, 3),
+        "dact": Tile(64, 32, 16, 8, 3),
+        "drows": Tile(64, 64, 16, 8, 3),
+        "dmatrix": Tile(64, 64, 16, 8, 3),
+    },
+}
+_HOPPER = {
+    2: {
+        "gate_up": Tile(128, 128, 64, 8, 3),
+        "down": Tile(128, 256, 64, 8, 3),
+        "dact": Tile(128, 128, 64, 8, 3),
+        "drows": Tile(128, 256, 64, 8, 3),
+        "dmatrix": Tile(128, 256, 64, 8, 3),
+    },
+    4: _AMPERE[4],
+}
+_CDNA3 = {
+    2: {
+        "gate_up": Tile(128, 64, 32, 8, 2),
+        "down": Tile(128, 128, 32, 8, 2),
+        "dact": Tile(128, 64, 32, 8, 2),
+        "drows": Tile(128, 128, 32, 8, 2),
+        "dmatrix": Tile(128, 128, 32, 8, 2),
+    },
+    4: {name: tile._replace(stages=2) for name, tile in _AMPERE[4].items()},
+}
+# Triton's interpreter runs each block as Python: tiles as small as `tl.dot` takes, so that small tests have many blocks.
+_INTERPRETER = {name: Tile(16, 32, 32, 4, 1) for name in _AMPERE[2]}
+
+TILES: dict[str, dict[int, dict[str, Tile]]] = {
+    "sm_80": _AMPERE,
+    "sm_86": _AMPERE,
+    "sm_89": _AMPERE,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "sm_120": _AMPERE,
+    "gfx942": _CDNA3,
+    "interpreter": {2: _INTERPRETER, 4: _INTERPRETER},
+}
+
+
+def norm_tile(d: int) -> Tile:
+    """For norms over `d` numbers: as many rows as make 4,096 numbers a block, at most 32 of them for each thread."""
+    padded = 1 << (d - 1).bit_length()
+    rows = max(1, min(32, 4096 // padded))
+    return Tile(rows, padded, 0, min(16, max(4, rows * padded // 1024)), 1)
