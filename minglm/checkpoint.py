@@ -253,8 +253,7 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: tor
     if model.config.tie_word_embeddings:
         empty["lm_head.weight"] = empty["model.embed_tokens.weight"]
     model.load_state_dict(empty, assign=True)
-    if model.config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight  # one Parameter again, not two on one memory
+    model.tie_weights()
     model.expert_load = torch.zeros_like(model.expert_load, device=device)
 
     state = model.state_dict()

@@ -330,8 +330,7 @@ class GLM(nn.Module):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.num_nextn_predict_layers else None
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+        self.tie_weights()
         # Recompute each layer in the backward pass instead of keeping its activations.
         self.activation_checkpointing = False
         # Tokens given to each expert since the last `update_router_bias`, (MoE layers, E); the MTP layer's row is last.
@@ -339,19 +338,29 @@ class GLM(nn.Module):
         self.register_buffer("expert_load", load, persistent=False)
         self.initialize()
 
+    def tie_weights(self) -> None:
+        """With tied embeddings, make head and embedding one parameter again, after something gave each its own memory."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
     @torch.no_grad()
     def initialize(self) -> None:
         """Draw all weights anew from torch's generator: matrices normal with `initializer_range`, norms 1, biases 0."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(std=self.config.initializer_range)
+            self.draw(name, parameter)
         for router in self.routers():
             router.e_score_correction_bias.zero_()
         self.expert_load.zero_()
+
+    @torch.no_grad()
+    def draw(self, name: str, values: Tensor) -> None:
+        """Write the first values of the parameter called `name` into `values`, which has its whole shape."""
+        if name.endswith("bias"):
+            values.zero_()
+        elif "norm" in name:
+            values.fill_(1.0)
+        else:
+            values.normal_(std=self.config.initializer_range)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device="cpu") -> "GLM":

@@ -193,10 +193,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 # ------------------------------------------------------------------------------------------------------- the torch gear
 
 
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device. The meta device has none, and torch refuses the question there."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def in_autocast_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, cast to its dtype. Our autograd functions call matrix products that autocast does not see inside."""
     device = tensors[0].device.type
-    if torch.is_autocast_enabled(device):
+    if autocasts(device):
         return tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
     return tensors
 

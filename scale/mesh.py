@@ -85,7 +85,7 @@ class Layout:
             )
 
     def expert_dim(self, config: GLMConfig) -> int:
-        """The dimension of the stacks (experts, rows, columns) that fsdp cuts: 0, whole experts, if they divide evenly; or 1."""
+        """The dimension of the stacks (experts, rows, columns) that fsdp cuts: 0, whole experts, if these divide; or 1."""
         return 0 if (config.n_routed_experts // self.ep) % self.fsdp == 0 else 1
 
     def local_experts(self, config: GLMConfig) -> int:
@@ -147,6 +147,6 @@ def make_mesh(layout: Layout, device_type: str) -> Mesh:
 
 
 def rows_of_rank(rows: int, rank: int, ranks: int) -> tuple[int, int]:
-    """Which of `rows` rank number `rank` of `ranks` holds, (start, end): FSDP's rule, parts of equal size, the last ones short."""
+    """Which of `rows` rank number `rank` of `ranks` holds, (start, end), by FSDP's rule: equal parts, the last ones short."""
     part = -(-rows // ranks)
     return min(rank * part, rows), min((rank + 1) * part, rows)

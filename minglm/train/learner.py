@@ -105,8 +105,12 @@ class Learner:
     def _make_model(self, config: GLMConfig, checkpoint: Path | None) -> GLM:
         if checkpoint is not None:
             return load_model(checkpoint, device=self.device.torch_device)
-        with self.device.torch_device:
-            return GLM(config)
+        with torch.device("meta"):  # PyTorch's modules would draw values of their own, for nothing
+            model = GLM(config)
+        model.to_empty(device=self.device.torch_device)
+        model.tie_weights()
+        model.initialize()
+        return model
 
     def _make_optimizer(self) -> MuonAdamW:
         optimizer = self.recipe.optimizer
