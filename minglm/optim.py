@@ -208,7 +208,7 @@ class MuonAdamW(torch.optim.Optimizer):
             if not parameter.is_contiguous():
                 raise ValueError(f"{name} is not contiguous in memory: the optimiser updates it through views")
             if group["method"] == "muon":
-                logical_matrices(name, parameter)
+                self._check_matrices(name, parameter)
         super().add_param_group(group | {"initial_lr": group["lr"]})
 
     @torch.no_grad()
@@ -224,36 +224,55 @@ class MuonAdamW(torch.optim.Optimizer):
                 (self._step_muon if group["method"] == "muon" else self._step_adamw)(group, named)
         return loss
 
-    def _step_muon(self, group: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> None:
-        lr, momentum, dtype = group["lr"], group["momentum"], group["newton_schulz_dtype"]
-        dtype = None if dtype is None else getattr(torch, dtype)
-        for _, p in named:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        momenta = [self.state[p]["momentum_buffer"] for _, p in named]
-        torch._foreach_lerp_(momenta, [p.grad for _, p in named], 1 - momentum)
-        torch._foreach_mul_([p for _, p in named], 1 - lr * group["weight_decay"])
+    def prepare(self) -> None:
+        """Give every parameter the state that its first step would give it."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._state_of(group, p)
 
+    def _state_of(self, group: dict[str, Any], p: nn.Parameter) -> dict[str, Tensor]:
+        state = self.state[p]
+        if not state and group["method"] == "muon":
+            state["momentum_buffer"] = torch.zeros_like(p)
+        elif not state:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            state |= dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        return state
+
+    def _check_matrices(self, name: str, parameter: nn.Parameter) -> None:
+        logical_matrices(name, parameter)
+
+    def _decay_and_average(self, group: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> list[Tensor]:
+        """What of Muon's step is done number by number: weight decay, and the momenta, which are returned."""
+        momenta = [self._state_of(group, p)["momentum_buffer"] for _, p in named]
+        torch._foreach_lerp_(momenta, [p.grad for _, p in named], 1 - group["momentum"])
+        torch._foreach_mul_([p for _, p in named], 1 - group["lr"] * group["weight_decay"])
+        return momenta
+
+    def _step_muon(self, group: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> None:
+        momenta = self._decay_and_average(group, named)
         stacks = defaultdict(list)  # (rows, cols) -> (weights, gradients, momenta), each (k, rows, cols), by parameter
         for (name, p), m in zip(named, momenta, strict=True):
             views = tuple(logical_matrices(name, tensor) for tensor in (p, p.grad, m))
             stacks[views[0].shape[1:]].append(views)
         for (rows, cols), same_shape in stacks.items():
-            scale = lr * UPDATE_RMS * math.sqrt(max(rows, cols))
             elements = CHUNK_ELEMENTS_CPU if named[0][1].device.type == "cpu" else CHUNK_ELEMENTS_GPU
             for pieces in _in_chunks(same_shape, max(1, elements // (rows * cols))):
                 weights, gradients, averages = zip(*pieces, strict=True)
-                nesterov = torch.cat(torch._foreach_lerp(gradients, averages, momentum))
-                updates = newton_schulz(nesterov, dtype=dtype).split([len(w) for w in weights])
-                torch._foreach_add_(weights, updates, alpha=-scale)
+                nesterov = torch.cat(torch._foreach_lerp(gradients, averages, group["momentum"]))
+                updates = self._orthogonalise(group, nesterov).split([len(w) for w in weights])
+                torch._foreach_add_(weights, updates, alpha=-self._rate(group, rows, cols))
+
+    def _orthogonalise(self, group: dict[str, Any], matrices: Tensor) -> Tensor:
+        dtype = group["newton_schulz_dtype"]
+        return newton_schulz(matrices, dtype=None if dtype is None else getattr(torch, dtype))
+
+    def _rate(self, group: dict[str, Any], rows: int, cols: int) -> float:
+        return group["lr"] * UPDATE_RMS * math.sqrt(max(rows, cols))
 
     def _step_adamw(self, group: dict[str, Any], named: list[tuple[str, nn.Parameter]]) -> None:
         parameters = [p for _, p in named]
-        for p in parameters:
-            if not self.state[p]:
-                step = torch.zeros((), dtype=torch.float32, device=p.device)
-                self.state[p] |= dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        states = [self.state[p] for p in parameters]
+        states = [self._state_of(group, p) for p in parameters]
         adamw(
             parameters,
             [p.grad for p in parameters],
@@ -354,12 +373,24 @@ def build_optimizer(
     norms and biases, which have no weight decay. (The report names embedding, biases and norms; that the head is with
     them is ours, after Jordan.) kind "adamw": AdamW for all, for comparison.
     """
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return MuonAdamW(
+        parameter_groups(trainable, kind),
+        lr,
+        momentum=momentum,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        newton_schulz_dtype=newton_schulz_dtype,
+    )
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], kind: Literal["muon", "adamw"]) -> list[dict[str, Any]]:
+    """The groups that `build_optimizer` describes, for `MuonAdamW`. Raises ValueError for an unknown kind."""
     if kind not in ("muon", "adamw"):
         raise ValueError(f'optimiser: kind is {kind!r}, want "muon" or "adamw"')
     matrices, tables, vectors = [], [], []
-    for name, parameter in model.named_parameters():  # yields a tied parameter once
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in named:
         is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
         kindred = vectors if parameter.ndim < 2 else tables if is_table else matrices
         kindred.append((name, parameter))
@@ -368,12 +399,4 @@ def build_optimizer(
         {"params": tables, "method": "adamw"},
         {"params": vectors, "method": "adamw", "weight_decay": 0.0},
     ]
-    return MuonAdamW(
-        [group for group in groups if group["params"]],
-        lr,
-        momentum=momentum,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        newton_schulz_dtype=newton_schulz_dtype,
-    )
+    return [group for group in groups if group["params"]]
