@@ -36,7 +36,8 @@ of 8 devices: 1,600 operations a byte). `python -m kernels.compile` prints opera
 **Exactness.** Sums are fp32 and fp32 inputs are multiplied exactly ("ieee", not TF32). gate, up, act and rows are rounded to
 the inputs' dtype where they are written, and the backward pass starts from the rounded ones. No atomics: the same inputs
 give the same bits. Rows are counted in 32 bits, but each offset into a stack of matrices or a buffer of rows is made in 64:
-GLM-4.5's gate_up stack has 2,516,582,400 elements, more than 2^31 (Liger-Kernel#1296, flashinfer#2853).
+GLM-4.5's gate_up stack has 2,516,582,400 elements, more than 2^31 (Liger-Kernel#1296, flashinfer#2853). Inside one tile or
+one matrix 32 bits are enough, and cost half the registers: the 64-bit part of an address is the same for the whole tile.
 
 Shapes: r rows, m, n, k_block a tile's; `top_k` experts per token. Matrices as in `minglm.ops`: gate_up (e, 2i, h), gate first;
 down (e, h, i). `slot_of_row` (r,) says which of the n * top_k slots a row is: its token is slot // top_k.
@@ -60,6 +61,8 @@ from kernels.launch import (
     tile_for,
 )
 from minglm import ops
+
+WIDEST = 2**22  # numbers of a row: a tile of up to 256 rows keeps within 32 bits
 
 # ---------------------------------------------------------------------------------------------------------- the kernels
 
@@ -131,13 +134,15 @@ def _gate_up_kernel(
     dtype = act.dtype.element_ty
     gate, up = gate.to(dtype), up.to(dtype)
     if KEEP:
-        kept = hidden + row.to(tl.int64)[:, None] * hidden_stride + column[None, :]
-        tl.store(kept, gate, mask=real)
-        tl.store(kept + SIZE_I, up, mask=real)
+        kept = hidden + first.to(tl.int64) * hidden_stride
+        wide = (row - first)[:, None] * hidden_stride + column[None, :]
+        tl.store(kept + wide, gate, mask=real)
+        tl.store(kept + SIZE_I + wide, up, mask=real)
     weight = tl.load(weights + slot).to(tl.float32)[:, None]
     gate = gate.to(tl.float32)
     scaled = gate * tl.sigmoid(gate) * up.to(tl.float32) * weight
-    tl.store(act + row.to(tl.int64)[:, None] * act_stride + column[None, :], scaled.to(dtype), mask=real)
+    narrow = (row - first)[:, None] * act_stride + column[None, :]
+    tl.store(act + first.to(tl.int64) * act_stride + narrow, scaled.to(dtype), mask=real)
 
 
 @triton.jit
@@ -161,7 +166,7 @@ def _rows_kernel(
     accumulator = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     accumulator = _product(accumulator, left_rows, right, right_step, INNER, BLOCK_K)
     real = (row < end)[:, None] & (column < COLUMNS)[None, :]
-    target = out + row.to(tl.int64)[:, None] * out_stride + column[None, :]
+    target = out + first.to(tl.int64) * out_stride + (row - first)[:, None] * out_stride + column[None, :]
     tl.store(target, accumulator.to(out.dtype.element_ty), mask=real)
 
 
@@ -186,21 +191,26 @@ def _dact_kernel(
     dscaled = _product(tl.zeros([BLOCK_M, BLOCK_N], tl.float32), left, right, SIZE_I, SIZE_H, BLOCK_K)
 
     real = (row < end)[:, None] & (column < SIZE_I)[None, :]
-    kept = hidden + row.to(tl.int64)[:, None] * hidden_stride + column[None, :]
-    gate = tl.load(kept, mask=real, other=0.0).to(tl.float32)
-    up = tl.load(kept + SIZE_I, mask=real, other=0.0).to(tl.float32)
+    wide = (row - first)[:, None] * hidden_stride + column[None, :]
+    kept = hidden + first.to(tl.int64) * hidden_stride
+    gate = tl.load(kept + wide, mask=real, other=0.0).to(tl.float32)
+    up = tl.load(kept + SIZE_I + wide, mask=real, other=0.0).to(tl.float32)
     weight = tl.load(weights + slot).to(tl.float32)[:, None]
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
+    # What is made of gate and up alone comes first, and meets dscaled in one product each: the two come in different layouts
+    # of registers, and every change between them costs a copy. Written as a formula would be, this spills 3 kB.
     # Columns beyond the last one have gate = up = 0 and add nothing to the sum over columns.
-    dweight = tl.sum(dscaled * silu * up, axis=1)
-    tl.store(dweights + column_block.to(tl.int64) * slots + slot, dweight, mask=row < end)
     dtype = act.dtype.element_ty
-    tl.store(act + row.to(tl.int64)[:, None] * act_stride + column[None, :], (silu * up * weight).to(dtype), mask=real)
-    dproduct = dscaled * weight
-    below = dhidden + row.to(tl.int64)[:, None] * dhidden_stride + column[None, :]
-    tl.store(below, (dproduct * up * sigmoid * (1 + gate * (1 - sigmoid))).to(dtype), mask=real)
-    tl.store(below + SIZE_I, (dproduct * silu).to(dtype), mask=real)
+    product = silu * up
+    narrow = (row - first)[:, None] * act_stride + column[None, :]
+    tl.store(act + first.to(tl.int64) * act_stride + narrow, (product * weight).to(dtype), mask=real)
+    dweight = tl.sum(dscaled * product, axis=1)
+    tl.store(dweights + column_block.to(tl.int64) * slots + slot, dweight, mask=row < end)
+    below = dhidden + first.to(tl.int64) * dhidden_stride
+    dgate = up * sigmoid * (1 + gate * (1 - sigmoid)) * weight
+    tl.store(below + wide, (dscaled * dgate).to(dtype), mask=real)
+    tl.store(below + SIZE_I + wide, (dscaled * (silu * weight)).to(dtype), mask=real)
 
 
 @triton.jit
@@ -253,8 +263,9 @@ def gate_up(
     act = x.new_empty(r, i)
     hidden = x.new_empty(r, 2 * i) if keep else None
     cost = Cost(2 * r * h * 2 * i, x.element_size() * (n * h + e * 2 * i * h + r * i + (r * 2 * i if keep else 0)))
+    name, programs = "gate_up" if keep else "gate_up, inference", row_blocks(r, e, tile.m) * triton.cdiv(i, tile.n)
     launch(
-        _gate_up_kernel, "gate_up", row_blocks(r, e, tile.m) * triton.cdiv(i, tile.n), tile, cost, x,
+        _gate_up_kernel, name, programs, tile, cost, x,
         x=x, x_stride=x.stride(0), gate_up=matrices, weights=weights, slot_of_row=slot_of_row, ends=ends,
         hidden=hidden if keep else act, hidden_stride=2 * i, act=act, act_stride=i,
         TOP_K=weights.shape[1], SIZE_H=h, SIZE_I=i, EXPERTS=e, PADDED=triton.next_power_of_2(e), KEEP=keep,
@@ -364,7 +375,7 @@ def routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor,
     refuse_shapes(x, experts, weights, gate_up, down)
     refuse_mixed_devices("routed_experts", x=x, experts=experts, weights=weights, gate_up=gate_up, down=down)
     refuse_what_cannot_run("routed_experts", x=x, weights=weights, gate_up=gate_up, down=down)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not ops.autocasts(x.device.type):
         refuse_mixed_dtypes("routed_experts", x=x, gate_up=gate_up, down=down)
     x, gate_up, down = ops.in_autocast_dtype(x, gate_up, down)
     weights = weights.to(x.dtype).contiguous()  # rounded to the tokens' dtype, as by definition
@@ -392,5 +403,7 @@ def refuse_shapes(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, 
         raise ValueError(
             f"routed_experts: found {n:,} tokens for {k} experts each; wanted {MOST_ROWS:,} rows at most: use fewer"
         )
+    if max(2 * i, h) > WIDEST:
+        raise ValueError(f"routed_experts: found rows of {max(2 * i, h):,} numbers; gear 'triton' takes {WIDEST:,} at most")
     if 2 * i * h >= LARGEST:
         raise ValueError(f"routed_experts: found {2 * i * h:,} elements in an expert's matrix; wanted fewer than {LARGEST:,}")
