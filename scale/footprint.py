@@ -5,8 +5,9 @@ trainer keeps, from step to step and for moments:
 
     always          fp32 weights, gradients and optimiser state of this rank's shards (ZeRO-3; Rajbhandari et al. 2020)
     a micro-batch   two layers gathered (one runs, the next is on its way), the gradients of two (one is made, one is being
-                    reduced), the root group (embedding, head, final norm, the MTP layer's small matrices), activations,
-                    the rows of other ranks' tokens that expert parallelism brings, and the loss's chunk of logits
+                    reduced), the root group (embedding, head, final norm, the MTP layer's small matrices), bf16 copies of
+                    fp32 weights, activations, the rows of other ranks' tokens that expert parallelism brings, and the
+                    loss's chunk of logits
     the update      the parts of matrices that Muon exchanges, and the working memory of Newton-Schulz
 
 The last two are never there at the same time. Gathered experts are divided by ep alone: an estimate that also divides them
@@ -203,7 +204,8 @@ class Memory:
     layer_gradients: int  # one whole (experts bf16), one in the fp32 buffer that is reduced
     root_weights: int  # fp32, from forward to backward
     root_gradient: int  # fp32, whole
-    weight_copies: int  # bf16
+    weight_copies: int  # bf16, kept by autograd
+    autocast_copies: int  # bf16, until the forward pass ends
     activations: int
     expert_rows: int
     loss: int
@@ -218,10 +220,15 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
     @property
-    def micro_batch(self) -> int:
-        """On top, in forward and backward passes."""
-        gathered = self.unsharded_layers + self.layer_gradients + self.root_weights + self.root_gradient
-        return gathered + self.weight_copies + self.activations + self.expert_rows + self.loss
+    def forward(self) -> int:
+        """On top, at the end of a forward pass, whose losses make the head's gradients."""
+        gathered = self.unsharded_layers + self.root_weights + self.root_gradient + self.weight_copies + self.autocast_copies
+        return gathered + self.activations + self.expert_rows + self.loss
+
+    @property
+    def backward(self) -> int:
+        """On top, in a backward pass."""
+        return self.forward - self.autocast_copies + self.layer_gradients
 
     @property
     def update(self) -> int:
@@ -231,7 +238,7 @@ class Memory:
     @property
     def total(self) -> int:
         """At the fullest moment of training."""
-        return self.held + max(self.micro_batch, self.update) + self.reserve
+        return self.held + max(self.forward, self.backward, self.update) + self.reserve
 
     @property
     def rollout(self) -> int:
@@ -266,6 +273,7 @@ def memory_of_rank(config: GLMConfig, layout: Layout, rank: int, workload: Workl
         root_weights=4 * root,
         root_gradient=4 * max(root, heads * table),  # each loss makes the head's gradient in its forward pass
         weight_copies=_weight_copies(config, workload.activation_checkpointing),
+        autocast_copies=_autocast_copies(config, workload.activation_checkpointing),
         activations=activation_bytes_per_token(config, workload.activation_checkpointing) * workload.tokens,
         expert_rows=_expert_rows(config, layout, workload),
         loss=_loss(config, workload),
@@ -295,12 +303,16 @@ def _gathered_copy(config: GLMConfig, layout: Layout) -> int:
 
 
 def _weight_copies(config: GLMConfig, activation_checkpointing: bool) -> int:
-    """bf16 copies of fp32 weights, which FSDP does not know of: autograd saves one with each product, and autocast its own."""
+    """bf16 copies of fp32 weights that autograd saves with each product; with checkpointing, of one layer at a time."""
     copied = [matrices for _, _, matrices in layer_sizes(config)]
-    if not activation_checkpointing:
-        return 2 * sum(copied)
-    kept = sum(p.elements * p.times for p in parameters(config) if p.is_linear) if AUTOCAST_KEEPS_COPIES else 0
-    return 2 * (kept + max(copied))
+    return 2 * (max(copied) if activation_checkpointing else sum(copied))
+
+
+def _autocast_copies(config: GLMConfig, activation_checkpointing: bool) -> int:
+    """Autocast's own, of what linear layers read. Without checkpointing they are those that autograd saves."""
+    if not (AUTOCAST_KEEPS_COPIES and activation_checkpointing):
+        return 0
+    return 2 * sum(parameter.elements * parameter.times for parameter in parameters(config) if parameter.is_linear)
 
 
 def _expert_rows(config: GLMConfig, layout: Layout, workload: Workload) -> int:

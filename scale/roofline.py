@@ -211,23 +211,22 @@ def _distinct(layers: tuple[tuple[int, int, int], ...]) -> Iterable[tuple[tuple[
 
 def slower_because(chosen: StepTime, other: StepTime, layout: Layout, gpu: GPU) -> str:
     """In words, what `other` (the time under `layout`) loses most by, compared with `chosen`."""
-    links = Links(layout, gpu)
-    hidden = max(chosen.products, chosen.fsdp + chosen.copies)
-    losses = {
-        "products": max(other.products, hidden) - hidden,
-        "fsdp": max(other.products, other.fsdp + other.copies) - max(other.products, hidden),
-        "copies": other.copies - chosen.copies if other.fsdp + other.copies > other.products else 0.0,
-    }
     names = ("all_to_all", "root", "newton_schulz", "exchange", "elementwise")
-    losses |= {name: getattr(other, name) - getattr(chosen, name) for name in names}
+    losses = {name: getattr(other, name) - getattr(chosen, name) for name in names}
+    traffic = other.fsdp + other.copies
+    if other.products >= traffic:
+        critical = "products"
+    else:
+        critical = "copies" if other.copies - chosen.copies > other.fsdp - chosen.fsdp else "fsdp"
+    losses[critical] = max(other.products, traffic) - max(chosen.products, chosen.fsdp + chosen.copies)
     reasons = {
-        "products": "expert weights are read for fewer rows each",
-        "fsdp": f"gathers 1/{layout.ep} of the experts for each layer" if layout.ep > 1 else "gathers all experts",
-        "copies": "sums gradients of copies each micro-batch",
-        "all_to_all": "all-to-all leaves the node" if links.leaves_node("ep") else "all-to-all carries more",
-        "root": "embedding and head are gathered over more nodes",
+        "products": "busiest experts take longer" if layout.ep > 1 else "weights of all experts are read for few rows each",
+        "fsdp": f"gathers 1/{layout.ep} of each layer's experts" if layout.ep > 1 else "gathers all experts of each layer",
+        "copies": "sums the gradients of the copies",
+        "all_to_all": "all-to-all leaves the node" if Links(layout, gpu).leaves_node("ep") else "all-to-all carries more",
+        "root": "embedding and head cross more nodes",
         "newton_schulz": "each copy orthogonalises for itself",
-        "exchange": "Muon exchanges rows of experts",
+        "exchange": "Muon exchanges more",
         "elementwise": "each rank updates more",
     }
     return reasons[max(losses, key=losses.get)]
