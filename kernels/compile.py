@@ -39,10 +39,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Shapes(NamedTuple):
-    """A model's sizes as the kernels meet them."""
+    """A model's sizes as the kernels meet them; by default GLM-4.5's, of which the tests know."""
 
     hidden: int = 5120
     width: int = 1536
+    """Of one expert."""
     experts: int = 160
     top_k: int = 8
     heads: int = 96
@@ -63,6 +64,8 @@ class Compile:
     """GPU architectures."""
     dtype: tuple[Literal[tuple(DTYPES)], ...] = tuple(DTYPES)
     """Of tokens and weights."""
+    shapes: Shapes = GLM_4_5
+    """Of another model."""
     tokens: int = 4096
     """On one device, for operations and bytes."""
     workers: int = os.cpu_count() or 1
@@ -183,17 +186,17 @@ def _read_amdgcn(assembly: str) -> tuple[int, int]:
     return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
 
 
-def _compile_one(target: str, dtype: str, tokens: int, index: int) -> Result:
-    return compile_launch(record(target, dtype, tokens)[index], target, dtype)
+def _compile_one(target: str, dtype: str, tokens: int, shapes: Shapes, index: int) -> Result:
+    return compile_launch(record(target, dtype, tokens, shapes)[index], target, dtype)
 
 
 def compile_all(command: Compile) -> list[Result]:
     """Every kernel in every dtype for every target, in that order of loops from the inside out."""
     jobs = [
-        (target, dtype, command.tokens, index)
+        (target, dtype, command.tokens, command.shapes, index)
         for target in command.target
         for dtype in command.dtype
-        for index in range(len(record(target, dtype, command.tokens)))
+        for index in range(len(record(target, dtype, command.tokens, command.shapes)))
     ]
     bar = {"total": len(jobs), "desc": "compiling", "unit": "kernel", "leave": False}
     if command.workers == 1:
@@ -233,7 +236,8 @@ def main(arguments: list[str] | None = None) -> int:
             "kernels.compile: found TRITON_INTERPRET set, and interpreted kernels cannot be compiled; unset it", file=sys.stderr
         )
         return 2
-    print(f"compile: {', '.join(command.target)} in {', '.join(command.dtype)}, at GLM-4.5's shapes\n")
+    shapes = "GLM-4.5's shapes" if command.shapes == GLM_4_5 else command.shapes
+    print(f"compile: {', '.join(command.target)} in {', '.join(command.dtype)}, at {shapes}\n")
     results = compile_all(command)
     print(table(results))
     print(f"\nwork of one launch, {command.tokens:,} tokens on the device, each byte moved once:\n\n{work(results)}")

@@ -76,7 +76,7 @@ def _backward(
         mean = tl.sum(dnormed * normed, axis=1) / D
         below = rstd * (dnormed - normed * mean[:, None])
         tl.store(dx + row.to(tl.int64)[:, None] * D + column[None, :], below, mask=real)
-    tl.store(partial + tl.program_id(0).to(tl.int64) * D + column, dscale, mask=column < D)
+    tl.store(partial + tl.program_id(0) * D + column, dscale, mask=column < D)
 
 
 def forward_cost(rows: int, d: int, x_bytes: int, weight_bytes: int, out_bytes: int) -> Cost:

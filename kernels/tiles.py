@@ -48,7 +48,7 @@ _FP32 = {
     "dmatrix": Tile(64, 64, 16, 8, 3),
 }
 _AMPERE = {
-    "gate_up": Tile(128, 64, 64, 8, 3),
+    "gate_up": Tile(128, 64, 32, 8, 4),
     "down": Tile(128, 128, 64, 8, 3),
     "dact": Tile(128, 64, 32, 8, 3),  # its many results leave no registers for a wider tile
     "drows": Tile(128, 128, 64, 8, 3),

@@ -1,12 +1,16 @@
 """Every operation, in every gear, equals its naive definition: values and all gradients, over drawn shapes and dtypes.
 
 A gear is tested by being registered: each (gear, operation) pair in `minglm.ops` runs through the same laws, and an
-operation without a strategy of cases below fails the suite.
+operation without a strategy of cases below fails the suite. The Triton gear takes part where Triton's interpreter is on; on
+a GPU it has its tests in test_kernels.py.
 """
 
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,16 +22,42 @@ from minglm import ops
 from minglm.config import GLMConfig
 from minglm.model import GLM, Rotary
 
+HAS_TRITON = find_spec("triton") is not None
+if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
+    import kernels  # noqa: F401  # registers its operations
+
 LAW = settings(deadline=None, derandomize=True, max_examples=30)
+SHORT_LAW = settings(LAW, max_examples=20)  # the interpreter takes a tenth of a second and more for an example
 
 # Times the largest value, or 1: inputs are of order 1, and sums of up to 20,000 terms go in different orders. bf16 sums
 # in fp32 and rounds few times.
-TOLERANCE_IN_EPS = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 8}
+TOLERANCE_IN_EPS = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 8, torch.float16: 8}
 # These round to fp32 inside by definition: the statistic of the norm, the softmax.
 FP32_INSIDE = {"rms_norm", "attention", "linear_cross_entropy"}
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# The Triton gear refuses fp64, and the interpreter's products are garbage in bf16, without an error (triton#5424): the
+# kernels are the same for all dtypes, and in bf16 they are only compiled.
+DTYPES = {
+    "torch": [torch.float32, torch.float64, torch.bfloat16],
+    "triton": [torch.float32, torch.float16],
+}
 
 PAIRS = [(gear, name) for name, table in ops._implementations.items() for gear in table if gear != "naive"]
+
+
+def cases_of(*gears: str) -> pytest.MarkDecorator:
+    """One test for each operation of these gears and each dtype that the gear takes."""
+    return pytest.mark.parametrize(
+        ("gear", "name", "dtype"),
+        [
+            pytest.param(gear, name, dtype, id=f"{gear}-{name}-{str(dtype).removeprefix('torch.')}")
+            for gear, name in PAIRS
+            if gear in gears
+            for dtype in DTYPES[gear]
+        ],
+    )
+
+
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 
 # ------------------------------------------------------------------------------------------------------------ the cases
@@ -161,11 +191,21 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize(("gear", "name"), PAIRS)
+@cases_of("torch")
 @given(data=st.data())
 @LAW
 def test_a_gear_equals_the_naive_definition(gear, name, dtype, data):
+    check_against_the_naive_definition(gear, name, dtype, data)
+
+
+@cases_of("triton")
+@given(data=st.data())
+@SHORT_LAW
+def test_a_kernel_equals_the_naive_definition(gear, name, dtype, data):
+    check_against_the_naive_definition(gear, name, dtype, data)
+
+
+def check_against_the_naive_definition(gear: str, name: str, dtype: torch.dtype, data: st.DataObject) -> None:
     numbers = Numbers(data.draw, dtype)
     arguments = CASES[name](numbers)
     constants = tuple(x.detach() if isinstance(x, Tensor) else x for x in arguments)
@@ -185,7 +225,12 @@ def test_a_gear_equals_the_naive_definition(gear, name, dtype, data):
         assert_close(one, other, exact_to)
 
 
-@pytest.mark.parametrize(("gear", "name"), [pair for pair in PAIRS if pair[1] not in FP32_INSIDE | {"document_mask"}])
+FP64_PAIRS = [
+    (gear, name) for gear, name in PAIRS if torch.float64 in DTYPES[gear] and name not in FP32_INSIDE | {"document_mask"}
+]
+
+
+@pytest.mark.parametrize(("gear", "name"), FP64_PAIRS)
 @given(data=st.data())
 @settings(LAW, max_examples=5)
 def test_gradients_are_the_derivative_of_the_value(gear, name, data):
@@ -352,12 +397,13 @@ def test_an_unknown_operation_is_refused_and_the_known_ones_named():
 def test_the_gear_before_comes_back_even_after_an_error():
     with ops.using("naive"):
         with pytest.raises(RuntimeError, match="inside"):
-            with ops.using("triton"):
+            with ops.using("torch"):
                 raise RuntimeError("inside")
         assert ops._gear == "naive"
     assert ops._gear == "torch"
 
 
+@needs_triton
 def test_an_operation_that_a_gear_lacks_runs_in_the_gear_before(monkeypatch):
     ran = []
     table = {gear: lambda gear=gear: ran.append(gear) for gear in ("naive", "torch")}
@@ -369,6 +415,46 @@ def test_an_operation_that_a_gear_lacks_runs_in_the_gear_before(monkeypatch):
     with ops.using("triton"):
         ops.rms_norm()
     assert ran == ["naive", "torch", "torch", "naive"]
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """As in a process that has not asked for the Triton gear yet."""
+    for name, table in ops._implementations.items():
+        rest = {gear: implementation for gear, implementation in table.items() if gear != "triton"}
+        monkeypatch.setitem(ops._implementations, name, rest)
+    loaded = [module for module in sys.modules if module.partition(".")[0] == "kernels"]
+    for module in loaded:
+        monkeypatch.delitem(sys.modules, module)
+    yield
+    for module in [module for module in sys.modules if module.partition(".")[0] == "kernels"]:
+        del sys.modules[module]  # what the test has loaded; then monkeypatch brings back the others
+
+
+@needs_triton
+def test_the_first_use_of_the_triton_gear_loads_the_kernels(without_kernels):
+    assert "triton" not in all_gears("rms_norm")
+    with ops.using("triton"):
+        assert "triton" in all_gears("rms_norm") and "triton" in all_gears("routed_experts")
+
+
+def test_where_triton_does_not_exist_the_gear_is_refused_and_another_named(without_kernels, monkeypatch):
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ops.GearError, match="needs the package triton.*use gear 'torch'"):
+        with ops.using("triton"):
+            pass
+    assert ops._gear == "torch"
+
+
+@needs_triton
+def test_another_package_of_that_name_is_found_out(without_kernels, monkeypatch, tmp_path):
+    """Hugging Face has one, too, and transformers looks for it."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ops.GearError, match="is not minglm's"):
+        with ops.using("triton"):
+            pass
 
 
 # ------------------------------------------------------------------------------------------------------ the whole model
@@ -404,10 +490,20 @@ def small_configs(draw) -> GLMConfig:
     )
 
 
-@pytest.mark.parametrize("gear", sorted({gear for gear, _ in PAIRS}))
 @given(config=small_configs(), data=st.data())
 @settings(LAW, max_examples=25)
-def test_loss_and_gradients_of_a_whole_model_are_the_same_in_every_gear(gear, config, data):
+def test_loss_and_gradients_of_a_whole_model_are_the_same_in_the_torch_gear(config, data):
+    check_a_whole_model("torch", config, data)
+
+
+@pytest.mark.skipif("triton" not in ops._implementations["rms_norm"], reason="Triton's interpreter is not on")
+@given(config=small_configs(), data=st.data())
+@settings(LAW, max_examples=6)
+def test_loss_and_gradients_of_a_whole_model_are_the_same_in_the_triton_gear(config, data):
+    check_a_whole_model("triton", config, data)
+
+
+def check_a_whole_model(gear: str, config: GLMConfig, data: st.DataObject) -> None:
     numbers = Numbers(data.draw, torch.float32)
     b, t = numbers.size(1, 3), numbers.size(1, 16)
     input_ids = numbers.integers(0, config.vocab_size, b, t)
