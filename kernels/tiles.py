@@ -69,8 +69,14 @@ _CDNA3 = {
     "drows": Tile(128, 128, 64, 8, 2),
     "dmatrix": Tile(128, 128, 64, 8, 2),
 }
-# Triton's interpreter runs each block as Python: tiles as small as `tl.dot` takes, so that small tests have many blocks.
-_INTERPRETER = {name: Tile(16, 32, 32, 4, 1) for name in _FP32}
+# Triton's interpreter runs each block as Python: tiles small enough that small tests have several in each direction.
+_INTERPRETER = {
+    "gate_up": Tile(16, 32, 32, 4, 1),
+    "down": Tile(16, 64, 32, 4, 1),
+    "dact": Tile(16, 32, 32, 4, 1),
+    "drows": Tile(16, 64, 32, 4, 1),
+    "dmatrix": Tile(32, 64, 16, 4, 1),
+}
 
 TILES: dict[str, dict[int, dict[str, Tile]]] = {
     "sm_80": {2: _AMPERE, 4: _FP32},
