@@ -12,6 +12,7 @@ checksums, and there only damage to a file's header or length is noticed.
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -143,6 +144,40 @@ def convert(source: str | Path, target: str | Path, dtype: torch.dtype | None = 
         _copy_other_files(Path(target), new, with_folders=True)
         _copy_other_files(Path(source), new, with_folders=False)
         _write_generation_config(model.config, new)
+
+
+def write_parameters(
+    config: GLMConfig,
+    read: Callable[[str], Tensor],
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    copy_from: str | Path | None = None,
+) -> None:
+    """Write a folder as `save_model` does, of a model that is never in memory as a whole.
+
+    `read(name)` gives one entry of its state dict, fp32; a stack of experts is asked for once and held until its last expert
+    is written. dtype None: fp32. Files beside the weights in the folder `copy_from`, such as a tokenizer's, come along.
+    """
+    with torch.device("meta"):
+        model = GLM(config)
+    state, pieces = model.state_dict(), tensor_map(model)
+    pieces |= {copy: pieces[original] for copy, original in _mtp_copies(config).items()}
+
+    @functools.lru_cache(maxsize=1)
+    def held(parameter: str) -> dict[str, Tensor]:
+        return {parameter: read(parameter)}
+
+    weights = _Weights(
+        {name: piece.view(state).shape for name, piece in pieces.items()},
+        {name: _dtype_in_memory(name, dtype, torch.float32) for name in pieces},
+        lambda name: pieces[name].view(held(pieces[name].parameter)),
+    )
+    with write_folder_atomically(folder, weights.nbytes) as new:
+        _write_weights(weights, config, new, max_shard_bytes)
+        if copy_from is not None:
+            _copy_other_files(Path(copy_from), new, with_folders=False)
+        _write_generation_config(config, new)
 
 
 @dataclasses.dataclass(frozen=True)

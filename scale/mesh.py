@@ -13,8 +13,12 @@ first divided by ep, and then each rank's experts are cut into fsdp parts: whole
 rows of every expert.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -144,6 +148,33 @@ def make_mesh(layout: Layout, device_type: str) -> Mesh:
     ranks = torch.arange(layout.world_size).view(layout.dp, layout.fsdp, layout.ep)
     experts = DeviceMesh(device_type, ranks.permute(0, 2, 1), mesh_dim_names=("dp", "ep", "fsdp"))
     return Mesh(layout, device_type, dense, experts)
+
+
+@functools.cache
+def control_group() -> dist.ProcessGroup:
+    """All ranks, over the network of the hosts, and patient: for what may take hours (preparing data, writing checkpoints)."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def broadcast(value: Any) -> Any:
+    """The first rank's `value`, on all ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, group=control_group())
+    return box[0]
+
+
+def first_rank_does(work: Callable[[], Any]) -> Any:
+    """`work()`, done by the first rank alone while the others wait; all get what it returns, or raise what it raises."""
+    result = error = None
+    if dist.get_rank() == 0:
+        try:
+            result = work()
+        except Exception as raised:
+            error = raised
+    result, error = broadcast((result, error))
+    if error is not None:
+        raise error
+    return result
 
 
 def rows_of_rank(rows: int, rank: int, ranks: int) -> tuple[int, int]:

@@ -98,8 +98,8 @@ class Learner:
         save_model(self.model, folder)
         return {"optimizer": self.optimizer.state_dict()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from what `save` returned."""
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint and the state that has been read from it."""
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _make_model(self, config: GLMConfig, checkpoint: Path | None) -> GLM:

@@ -257,7 +257,7 @@ class Trainer:
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
         self.bits_per_byte = state["bits_per_byte"]
         stream.load_state_dict(state["stream"])
-        self.learner.load(state)
+        self.learner.load(checkpoint, state)
         torch.set_rng_state(state["rng"])
         if len(state["cuda_rng"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(state["cuda_rng"])
