@@ -26,12 +26,16 @@ The router's weight scales act (width i), not the result (width h): the same sum
 
 **Memory traffic**, GLM-4.5 (h = 5,120, i = 1,536, e = 160, k = 8), bf16, 4,096 tokens on one device, forward: the matrices
 are 7.5 GB and are read once, whatever is done; r = 32,768 rows. Beside them
-    this file          x 0.04 GB (its k-fold reading hits the cache), gate and up 0.2, act 0.1 + 0.1, rows 0.34 + 0.34: 1.1 GB
-    torch on a GPU     gathered copy 0.34 + 0.34 + 0.34, gate and up 0.2 + 0.2 + 0.2, silu, times, times 0.6, rows 0.7: 2.9 GB
-    naive              the same for each expert, plus index_add's reading and writing of the result: 4 GB, in 2,000 launches
-An expert sees 205 tokens then, 200 operations a byte of its matrices: below the 295 that an H100 needs to be busy. More
-tokens per expert is what makes it fast: longer micro-batches, or expert parallelism (160 / 8 experts a device and the tokens
-of 8 devices: 1,600 operations a byte). `python -m kernels.compile` prints operations and bytes of each kernel.
+    this file     x 0.04 GB (the cache catches its k-fold reading), gate and up 0.20, act written and read 0.20,
+                  rows written and read 0.67, result 0.04: 1.2 GB in 3 launches
+    torch gear    gathered copy written and read 0.68, silu and the two products as passes of their own 0.70: 2.4 GB in 8
+    naive gear    passes for each expert, and `index_add` copies the whole result each time: 17 GB in 2,000 launches, and the
+                  host waits for each expert's token numbers
+An expert sees 205 tokens then, which is 205 operations a byte of its matrices: below the 295 that an H100 needs to be busy.
+More tokens per expert make it fast: longer micro-batches, or expert parallelism (20 experts a device and the tokens of 8
+devices: 1,640). The programs of one row block are neighbours, so its rows are fetched once for all columns, and an expert's
+row blocks follow each other while its matrix is in the cache. `python -m kernels.compile` prints operations and bytes of
+each kernel.
 
 **Exactness.** Sums are fp32 and fp32 inputs are multiplied exactly ("ieee", not TF32). gate, up, act and rows are rounded to
 the inputs' dtype where they are written, and the backward pass starts from the rounded ones. No atomics: the same inputs

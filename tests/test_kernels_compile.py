@@ -11,8 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-import triton  # noqa: E402
-
 from kernels import compile as compiling  # noqa: E402
 from kernels import rms_norm, routed_experts, tiles  # noqa: E402
 from minglm.config import GLMConfig  # noqa: E402
@@ -56,31 +54,30 @@ def test_no_kernel_spills_on_any_target_in_any_dtype(target, tmp_path):
     check_targets([target], ["bf16", "fp16", "fp32"], tmp_path / "results.json")
 
 
-UNFIT = """
-import sys
+UNFIT = [
+    ("sm_90", "dact", (128, 128, 64, 8, 3), r"dact for sm_90 in bf16 spills \d+ bytes"),
+    ("gfx942", "down", (256, 256, 32, 4, 2), r"down for gfx942 in bf16 spills \d+ registers"),
+    ("sm_80", "down", (128, 128, 64, 8, 8), r"down for sm_80 in bf16 wants [\d,]+ bytes of shared memory.* 166,912"),
+    ("sm_80", "drows", (16, 16, 8, 4, 2), "drows for sm_80 in bf16 does not compile: CompilationError"),
+]
+COMPILE_UNFIT = """
+import json, sys
 from kernels import compile as compiling, tiles
-target, name, *tile = sys.argv[1:]
-tiles.TILES[target][2][name] = tiles.Tile(*map(int, tile))
 record = compiling.record
-compiling.record = lambda *arguments: [launch for launch in record(*arguments) if launch.name == name]
-sys.exit(compiling.main(["--target", target, "--dtype", "bf16", "--workers", "1"]))
+for target, name, tile, _ in json.loads(sys.argv[1]):
+    tiles.TILES[target][2][name] = tiles.Tile(*tile)
+    compiling.record = lambda *arguments: [launch for launch in record(*arguments) if launch.name == name]
+    assert compiling.main(["--target", target, "--dtype", "bf16", "--workers", "1"]) == 1
 """
 
 
-@pytest.mark.parametrize(
-    ("target", "kernel", "tile", "message"),
-    [
-        ("sm_90", "dact", (128, 128, 64, 8, 3), r"dact for sm_90 in bf16 spills \d+ bytes"),
-        ("gfx942", "down", (256, 256, 32, 4, 2), r"down for gfx942 in bf16 spills \d+ registers"),
-        ("sm_80", "down", (128, 128, 64, 8, 8), r"down for sm_80 in bf16 wants [\d,]+ bytes of shared memory.* 166,912"),
-        ("sm_80", "drows", (16, 16, 8, 4, 2), "drows for sm_80 in bf16 does not compile: CompilationError"),
-    ],
-)
-def test_a_tile_that_does_not_fit_its_target_is_found_and_named(target, kernel, tile, message):
-    done = run("-c", UNFIT, target, kernel, *map(str, tile))
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search(message, done.stderr), done.stderr
-    assert "choose smaller tiles, more warps or fewer stages in kernels/tiles.py" in done.stderr
+def test_a_tile_that_does_not_fit_its_target_is_found_and_named():
+    done = run("-c", COMPILE_UNFIT, json.dumps(UNFIT))
+    assert done.returncode == 0, done.stdout + done.stderr
+    faults = re.findall("kernels.compile: (.*)", done.stderr)
+    for (*_, message), fault in zip(UNFIT, faults, strict=True):
+        assert re.match(message, fault)
+    assert done.stderr.count("choose smaller tiles, more warps or fewer stages in kernels/tiles.py") == len(UNFIT)
 
 
 def test_the_interpreter_is_refused():
@@ -125,9 +122,8 @@ def test_the_operations_are_six_for_each_weight_and_token_forward_and_twice_that
 
 
 def test_recording_runs_nothing_and_ends():
-    before = compiling.record("sm_80", "bf16", 64)
-    assert all(x.is_meta for launch in before for x in launch.arguments.values() if isinstance(x, torch.Tensor))
-    assert before[0].tile == tiles.norm_tile(5120)
-    assert triton.knobs.runtime.interpret or torch.cuda.is_available()
-    with pytest.raises(ValueError, match="rms_norm"):
-        rms_norm.rms_norm(torch.ones(2, 3), torch.ones(4), 1e-5)
+    launches = compiling.record("sm_80", "bf16", 64)
+    assert all(x.is_meta for one in launches for x in one.arguments.values() if isinstance(x, torch.Tensor))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight = torch.full((2, 4), 3.0, device=device), torch.ones(4, device=device)
+    torch.testing.assert_close(rms_norm.rms_norm(x, weight, 0.0), torch.ones_like(x))  # kernels run again
