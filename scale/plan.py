@@ -108,8 +108,9 @@ def setting(options: Options) -> Setting:
     """The options with what they leave out filled in. Raises `ConfigError`."""
     config = find_model(options.model)
     small = count(config).total < 1e9
+    length = min(PRE_TRAINING_LENGTH, config.max_position_embeddings)
     workload = Workload(
-        options.sequence_length or min(PRE_TRAINING_LENGTH, config.max_position_embeddings),
+        length if options.sequence_length is None else options.sequence_length,
         options.sequences_per_micro_batch,
         options.activation_checkpointing,
         options.imbalance,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from minglm.config import GLMConfig
 from minglm.params import count, training_flops_per_token, training_memory
 from minglm.train.recipe import CONFIGS, Recipe, load_recipe
 from scale.footprint import Memory, memory_of_rank, most_memory, parameters_of_rank
@@ -70,17 +71,17 @@ def _choice(made: Plan) -> list[str]:
     fastest = min(candidate.time.total for candidate in fitting)
     cut = "whole experts" if layout.expert_dim(config) == 0 else "rows of every expert"
     local = layout.local_experts(config)
-    reason = "the shortest estimated step"
+    reason = "has the shortest estimated step"
     if made.chosen.time.total > fastest:
-        reason = "within 1% of the shortest estimated step, with the fewest ranks a copy"
+        reason = "is within 1% of the shortest estimated step and has the fewest ranks a copy"
     return [
         f"Mesh: {layout}",
         f"  dp {layout.dp:<5} {_copies(layout.dp)}",
         f"  fsdp {layout.fsdp:<3} each rank's {local} experts a layer are cut into {layout.fsdp} ({cut}),",
         f"           all else into {layout.shards}",
         f"  ep {layout.ep:<5} {config.n_routed_experts} experts a layer, {local} on each rank",
-        f"  why: of {len(made.candidates)} meshes {len(valid)} divide the model and {len(fitting)} fit; this one has",
-        f"  {reason}, {_seconds(made.chosen.time.total)}",
+        f"  why: of {len(made.candidates)} meshes {len(valid)} divide the model and {len(fitting)} fit; this one",
+        f"  {reason}: {_seconds(made.chosen.time.total)}",
     ]
 
 
@@ -162,8 +163,9 @@ def _neighbours(made: Plan) -> list[str]:
     for dp, ep in _around(made):
         if made.gpus % (dp * ep):
             near = made.gpus // (dp * ep) * dp * ep
-            found = " or ".join(f"{gpus}" for gpus in (near, near + dp * ep) if gpus)
-            lines.append(_mesh_line(dp, "-", ep, f"does not divide: {made.gpus} GPUs by {dp * ep} ({found} would)", False))
+            found = " and ".join(f"{gpus}" for gpus in (near, near + dp * ep) if gpus)
+            text = f"does not divide: {made.gpus} GPUs are no multiple of {dp * ep}, as {found} are"
+            lines.append(_mesh_line(dp, "-", ep, text, False))
             continue
         layout = Layout(dp, made.gpus // (dp * ep), ep)
         candidate = known.get(layout) or judge(made.setting, layout)
@@ -182,7 +184,9 @@ def _around(made: Plan) -> list[tuple[int, int]]:
         nearest = sorted(parts, key=lambda e: abs(math.log(e / ep)))[:10]
         parts = sorted(nearest)
     pairs = {(d, e) for d in copies for e in parts if gpus % (d * e) == 0}
-    elsewhere = sorted((e for e in divisors(experts) if gpus % (dp * e)), key=lambda e: abs(math.log(e / ep)))
+    elsewhere = sorted(
+        (e for e in divisors(experts) if gpus % (dp * e) and dp * e <= 2 * gpus), key=lambda e: abs(math.log(e / ep))
+    )
     return sorted(pairs | {(dp, e) for e in elsewhere[:4]} | {(dp, ep)} if made.chosen else pairs)
 
 
@@ -190,7 +194,7 @@ def verdict(made: Plan, candidate: Candidate) -> str:
     """Why a mesh is not the chosen one; "chosen" if it is."""
     setting = made.setting
     if candidate.error:
-        return "does not divide: " + candidate.error.partition(": ")[2].partition("; wanted")[0]
+        return "does not divide: " + _does_not_divide(setting.config, candidate.layout)
     need = f"{math.ceil(candidate.memory.total / GIB)} GiB"
     if not candidate.fits(setting.gpu):
         return f"needs {need} of {setting.gpu.memory_gib:g}: {_largest(candidate.memory)}"
@@ -201,11 +205,18 @@ def verdict(made: Plan, candidate: Candidate) -> str:
     if candidate not in made.candidates:
         return f"fits: {need}, {_seconds(candidate.time.total)} a step; not asked for"
     ratio = candidate.time.total / made.chosen.time.total
-    if ratio <= AS_GOOD:
-        more = "more ranks a copy" if candidate.layout.shards > made.chosen.layout.shards else "no better"
-        return f"fits: {need}, as fast within 1%, {more}"
+    if ratio <= AS_GOOD and candidate.layout.shards >= made.chosen.layout.shards:
+        return f"fits: {need}, as fast within 1%, on as many ranks a copy or more"
     reason = slower_because(made.chosen.time, candidate.time, candidate.layout, setting.gpu)
     return f"fits: {need}, {ratio:.2f} times slower: {reason}"
+
+
+def _does_not_divide(config: GLMConfig, layout: Layout) -> str:
+    """`Layout.check`'s complaint in fewer words."""
+    if config.n_routed_experts % layout.ep:
+        return f"{config.n_routed_experts} routed experts by ep {layout.ep}"
+    rows = f"{2 * config.moe_intermediate_size} and {config.hidden_size}"
+    return f"neither a rank's {layout.local_experts(config)} experts nor their {rows} rows by fsdp {layout.fsdp}"
 
 
 def _largest(memory: Memory) -> str:
@@ -228,7 +239,7 @@ def _mesh_line(dp: int, fsdp: int | str, ep: int, text: str, is_chosen: bool) ->
 
 def _micro_batches(made: Plan) -> list[str]:
     """What other micro-batches would bring, each with the mesh that is best for it."""
-    lines = [f"{'Other micro-batches':<34}best mesh, with no number forced"]
+    lines = [f"{'Other micro-batches':<34}best mesh, with no number forced (*: this plan)"]
     for checkpointing in (True, False):
         for sequences in (1, 2, 4, 8, 16):
             changes = {"sequences_per_micro_batch": sequences, "activation_checkpointing": checkpointing}
@@ -239,8 +250,8 @@ def _micro_batches(made: Plan) -> list[str]:
                 lines.append(f"{title:<34}does not fit")
                 break  # nor do more
             speed = other.tokens_per_step / other.chosen.time.total
-            text = f"{other.chosen.layout}, {other.chosen.memory.total / GIB:.0f} GiB, {speed:,.0f} tokens/s"
-            lines.append(f"{title:<34}{text}{'  (this plan)' if other.chosen == made.chosen else ''}")
+            text = f"{other.chosen.layout}, {math.ceil(other.chosen.memory.total / GIB)} GiB, {speed:,.0f} tokens/s"
+            lines.append(f"{title:<34}{text}{' *' if other.chosen == made.chosen else ''}")
     return lines
 
 
@@ -260,56 +271,69 @@ def launch(made: Plan, model: str) -> str:
     """The command that trains `model` (as given on the command line) by the plan, and what the recipe must say for it."""
     path = Path(model)
     stem = path.parent.name if path.name == "config.json" else path.name.removesuffix(".toml")
-    recipe = CONFIGS / "recipe" / f"{stem}.toml"
-    shown = f"configs/recipe/{stem}.toml"
-    layout, per_node = made.chosen.layout, min(made.gpus, made.setting.gpu.gpus_per_node)
-    numbers = f"--dp {layout.dp} --fsdp {layout.fsdp} --ep {layout.ep}"
-    trainer = f"-m scale.train {shown} {numbers}"
-    lines = _recipe_lines(made, recipe, shown)
-    if made.nodes == 1:
-        lines += [
-            "Launch (scale/launch/one_node.sh does the same with restarts and logs):",
-            f"  torchrun --standalone --nproc-per-node {per_node} {trainer}",
-        ]
+    recipe = f"configs/recipe/{stem}.toml"
+    found = load_recipe(CONFIGS / "recipe" / f"{stem}.toml") if (CONFIGS / "recipe" / f"{stem}.toml").is_file() else None
+    if found is not None and found.model != made.setting.config:
+        found = None
+    wanted = _wanted(made)
+    lines, options = [], []
+    if found is None:
+        lines = [f"There is no {recipe} for this model: write it, from a copy of configs/recipe/mini.toml,", "with"]
+        lines += [f"  {key} = {str(value).lower()}" for key, value in wanted.items()] + [""]
     else:
-        lines += [
-            "Launch with Slurm, RUN_FOLDER on a file system that all nodes share:",
-            f"  RECIPE={shown} DP={layout.dp} FSDP={layout.fsdp} EP={layout.ep} RUN_FOLDER=... \\",
-            f"    sbatch --nodes {made.nodes} --gpus-per-node {per_node} scale/launch/slurm.sbatch",
-            "which runs on every node:",
-            f"  torchrun --nnodes {made.nodes} --nproc-per-node {per_node} --rdzv-backend c10d \\",
-            "    --rdzv-endpoint FIRST_NODE:29500 \\",
-            f"    {trainer} --run-folder RUN_FOLDER",
-        ]
-    return "\n".join(lines)
+        options = [_option(key, value) for key, value in wanted.items() if _value(found, key) != value]
+    return "\n".join(lines + (_on_one_node if made.nodes == 1 else _on_many_nodes)(made, recipe, options))
 
 
-def _recipe_lines(made: Plan, recipe: Path, shown: str) -> list[str]:
-    """What the recipe lacks for this plan."""
+def _on_one_node(made: Plan, recipe: str, options: list[str]) -> list[str]:
+    layout = made.chosen.layout
+    return [
+        "Launch (scale/launch/one_node.sh does the same with restarts and logs):",
+        f"  torchrun --standalone --nproc-per-node {made.gpus} -m scale.train {recipe} \\",
+        *(f"    {option} \\" for option in options),
+        f"    --dp {layout.dp} --fsdp {layout.fsdp} --ep {layout.ep}",
+    ]
+
+
+def _on_many_nodes(made: Plan, recipe: str, options: list[str]) -> list[str]:
+    layout, per_node = made.chosen.layout, made.setting.gpu.gpus_per_node
+    mesh = f"DP={layout.dp} FSDP={layout.fsdp} EP={layout.ep}"
+    return [
+        "Launch with Slurm, RUN_FOLDER on a file system that all nodes share:",
+        f"  RECIPE={recipe} {mesh} RUN_FOLDER=... \\",
+        *([f'    OPTIONS="{" ".join(options)}" \\'] if options else []),
+        f"    sbatch --nodes {made.nodes} --gpus-per-node {per_node} scale/launch/slurm.sbatch",
+        "which runs on every node",
+        f"  torchrun --nnodes {made.nodes} --nproc-per-node {per_node} --rdzv-backend c10d \\",
+        "    --rdzv-endpoint FIRST_NODE:PORT --rdzv-id JOB \\",
+        f"    -m scale.train {recipe} \\",
+        *(f"    {option} \\" for option in options),
+        f"    --dp {layout.dp} --fsdp {layout.fsdp} --ep {layout.ep} --run-folder RUN_FOLDER",
+    ]
+
+
+def _wanted(made: Plan) -> dict[str, int | bool]:
+    """What a recipe must say for this plan."""
     workload = made.setting.workload
-    wanted = {
+    return {
         "training.sequence_length": workload.sequence_length,
         "training.sequences_per_step": made.tokens_per_step // workload.sequence_length,
         "training.sequences_per_micro_batch": workload.sequences_per_micro_batch,
         "hardware.activation_checkpointing": workload.activation_checkpointing,
     }
-    if not recipe.is_file():
-        lines = [f"There is no {shown} yet. Write it, from a copy of configs/recipe/mini.toml, with"]
-        return lines + [f"  {key} = {str(value).lower()}" for key, value in wanted.items()] + [""]
-    found = load_recipe(recipe)
-    lines = [
-        f"  {key} = {str(value).lower()}, found {str(_value(found, key)).lower()}"
-        for key, value in wanted.items()
-        if _value(found, key) != value
-    ]
-    if found.model != made.setting.config:
-        lines.append("  model: it names another one")
-    return [f"For this plan {shown} would have to say", *lines, ""] if lines else []
 
 
 def _value(recipe: Recipe, key: str) -> object:
     table, name = key.split(".")
     return getattr(getattr(recipe, table), name)
+
+
+def _option(key: str, value: int | bool) -> str:
+    """As scale.train's command line takes it."""
+    table, name = key.replace("_", "-").split(".")
+    if isinstance(value, bool):
+        return f"--{table}.{name}" if value else f"--{table}.no-{name}"
+    return f"--{table}.{name} {value}"
 
 
 # --------------------------------------------------------------------------------------------------------------- layout

@@ -168,21 +168,27 @@ def _nearest_divisors(number: int, wanted: int) -> str:
 # --------------------------------------------------------------------------------------------------------------- advice
 
 
-def remedies(plan: Plan) -> list[str]:
+def remedies(made: Plan) -> list[str]:
     """What would make a plan fit that does not: the cheapest change of what is asked first, then more GPUs."""
     found = []
-    change = next((text for text, changed in _changes(plan) if _fits(changed)), None)
+    change = next((text for text, changed in _changes(made) if _fits(changed)), None)
     if change is not None:
         found.append(change)
-    gpus = _enough_gpus(plan)
-    if gpus is not None:
-        found.append(f"--gpus {gpus}: the smallest power of two nodes of {plan.setting.gpu.gpus_per_node} that fits")
+    settings = {"": made.setting}
+    frugal = dataclasses.replace(made.setting.workload, sequences_per_micro_batch=1, activation_checkpointing=True)
+    words = ", with --activation-checkpointing and --sequences-per-micro-batch 1"
+    settings[words] = dataclasses.replace(made.setting, workload=frugal)
+    for words, setting in settings.items():
+        gpus = _enough_gpus(made, setting)
+        if gpus is not None:
+            found.append(f"--gpus {gpus}{words}: the fewest, in nodes of {setting.gpu.gpus_per_node} by powers of two")
+            break
     return found
 
 
-def _changes(plan: Plan) -> Iterator[tuple[str, tuple]]:
+def _changes(made: Plan) -> Iterator[tuple[str, tuple]]:
     """Of what is asked on the same GPUs, cheapest first: the options to give, and the arguments of `plan` that they mean."""
-    workload, forced = plan.setting.workload, (plan.dp, plan.fsdp, plan.ep)
+    workload, forced = made.setting.workload, (made.dp, made.fsdp, made.ep)
     options = [("", forced)]
     if forced != (None, None, None):
         options.append(("without --dp, --fsdp and --ep", (None, None, None)))
@@ -198,16 +204,16 @@ def _changes(plan: Plan) -> Iterator[tuple[str, tuple]]:
                     said.append("--activation-checkpointing")
                 if sequences != workload.sequences_per_micro_batch:
                     said.append(f"--sequences-per-micro-batch {sequences}")
-                setting = dataclasses.replace(plan.setting, workload=changed)
-                yield ", ".join(said), (setting, plan.gpus, *numbers)
+                setting = dataclasses.replace(made.setting, workload=changed)
+                yield ", ".join(said), (setting, made.gpus, *numbers)
         sequences //= 2
 
 
-def _enough_gpus(plan: Plan) -> int | None:
+def _enough_gpus(made: Plan, setting: Setting) -> int | None:
     """The smallest power of two times GPUs in a node, above those there are, on which the same fits; dp and ep stay forced."""
-    gpus = plan.setting.gpu.gpus_per_node
+    gpus = setting.gpu.gpus_per_node
     while gpus <= MOST_GPUS:
-        if gpus > plan.gpus and _fits((plan.setting, gpus, plan.dp, None, plan.ep)):
+        if gpus > made.gpus and _fits((setting, gpus, made.dp, None, made.ep)):
             return gpus
         gpus *= 2
     return None
