@@ -70,7 +70,8 @@ def _backward(
         loaded = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=real, other=0.0)
         above = tl.load(dout + row.to(tl.int64)[:, None] * dout_stride + column[None, :], mask=real, other=0.0).to(tl.float32)
         numbers = loaded.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(numbers * numbers, axis=1) / D + eps)[:, None]
+        rstd = tl.rsqrt(tl.sum(numbers * numbers, axis=1) / D + eps)
+        rstd = tl.where(row < rows, rstd, 0.0)[:, None]  # rows beyond the last are zeros: infinite without eps
         normed = numbers * rstd
         dscale += tl.sum(above * normed.to(loaded.dtype).to(tl.float32), axis=0)
         dnormed = above * scale[None, :]

@@ -171,6 +171,12 @@ def test_norms_of_any_shape_equal_the_naive_definition(shape, dtype, weight_dtyp
     check_equal("rms_norm", (x, weight.requires_grad_(), 1e-5), dtype)
 
 
+def test_rows_beyond_the_last_add_nothing_even_without_eps():
+    """They read as zeros, and the root of zero has no inverse."""
+    x, weight = torch.randn(3, 8, device=DEVICE).requires_grad_(), torch.rand(8, device=DEVICE).requires_grad_()
+    check_equal("rms_norm", (x, weight, 0.0), torch.float32)
+
+
 def test_a_norm_of_rows_apart_copies_nothing(monkeypatch):
     """Heads of queries are often a slice of a wider product."""
     wide = torch.randn(6, 40, device=DEVICE)
