@@ -158,13 +158,13 @@ def _time(made: Plan) -> list[str]:
 def _neighbours(made: Plan) -> list[str]:
     """Meshes around the chosen one, valid or not, each with its verdict."""
     chosen = made.chosen.layout if made.chosen else None
-    lines = [f"{'Neighbouring meshes':<24}  verdict" if chosen else f"{'Meshes tried':<24}  verdict"]
+    lines = [f"{'Neighbouring meshes':<26}verdict" if chosen else f"{'Meshes tried':<26}verdict"]
     known = {candidate.layout: candidate for candidate in made.candidates}
     for dp, ep in _around(made):
         if made.gpus % (dp * ep):
             near = made.gpus // (dp * ep) * dp * ep
-            found = " and ".join(f"{gpus}" for gpus in (near, near + dp * ep) if gpus)
-            text = f"does not divide: {made.gpus} GPUs are no multiple of {dp * ep}, as {found} are"
+            found = " or ".join(str(gpus) for gpus in (near, near + dp * ep) if gpus)
+            text = f"does not divide: {made.gpus} GPUs by dp x ep = {dp * ep} ({found} would)"
             lines.append(_mesh_line(dp, "-", ep, text, False))
             continue
         layout = Layout(dp, made.gpus // (dp * ep), ep)
@@ -215,8 +215,7 @@ def _does_not_divide(config: GLMConfig, layout: Layout) -> str:
     """`Layout.check`'s complaint in fewer words."""
     if config.n_routed_experts % layout.ep:
         return f"{config.n_routed_experts} routed experts by ep {layout.ep}"
-    rows = f"{2 * config.moe_intermediate_size} and {config.hidden_size}"
-    return f"neither a rank's {layout.local_experts(config)} experts nor their {rows} rows by fsdp {layout.fsdp}"
+    return f"a rank's {layout.local_experts(config)} experts, or the rows of each, by fsdp {layout.fsdp}"
 
 
 def _largest(memory: Memory) -> str:
@@ -234,7 +233,7 @@ def _largest(memory: Memory) -> str:
 
 
 def _mesh_line(dp: int, fsdp: int | str, ep: int, text: str, is_chosen: bool) -> str:
-    return f"{'*' if is_chosen else ' '} dp {dp:<3} fsdp {fsdp:<5} ep {ep:<5} {text}"
+    return f"{'*' if is_chosen else ' '} dp {dp:<3} fsdp {fsdp:<4} ep {ep:<3}  {text}"
 
 
 def _micro_batches(made: Plan) -> list[str]:
@@ -278,7 +277,7 @@ def launch(made: Plan, model: str) -> str:
     wanted = _wanted(made)
     lines, options = [], []
     if found is None:
-        lines = [f"There is no {recipe} for this model: write it, from a copy of configs/recipe/mini.toml,", "with"]
+        lines = [f"There is no {recipe} for this model: copy configs/recipe/mini.toml, and set"]
         lines += [f"  {key} = {str(value).lower()}" for key, value in wanted.items()] + [""]
     else:
         options = [_option(key, value) for key, value in wanted.items() if _value(found, key) != value]
@@ -301,9 +300,9 @@ def _on_many_nodes(made: Plan, recipe: str, options: list[str]) -> list[str]:
     return [
         "Launch with Slurm, RUN_FOLDER on a file system that all nodes share:",
         f"  RECIPE={recipe} {mesh} RUN_FOLDER=... \\",
-        *([f'    OPTIONS="{" ".join(options)}" \\'] if options else []),
+        *([f'    OPTIONS="{(chr(10) + " " * 13).join(options)}" \\'] if options else []),
         f"    sbatch --nodes {made.nodes} --gpus-per-node {per_node} scale/launch/slurm.sbatch",
-        "which runs on every node",
+        "which runs on every node:",
         f"  torchrun --nnodes {made.nodes} --nproc-per-node {per_node} --rdzv-backend c10d \\",
         "    --rdzv-endpoint FIRST_NODE:PORT --rdzv-id JOB \\",
         f"    -m scale.train {recipe} \\",

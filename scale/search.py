@@ -169,19 +169,20 @@ def _nearest_divisors(number: int, wanted: int) -> str:
 
 
 def remedies(made: Plan) -> list[str]:
-    """What would make a plan fit that does not: the cheapest change of what is asked first, then more GPUs."""
+    """Options that would make a plan fit that does not: the cheapest change on the same GPUs, if there is one; then more of
+    them, the fewest by powers of two of nodes."""
     found = []
     change = next((text for text, changed in _changes(made) if _fits(changed)), None)
     if change is not None:
         found.append(change)
     settings = {"": made.setting}
     frugal = dataclasses.replace(made.setting.workload, sequences_per_micro_batch=1, activation_checkpointing=True)
-    words = ", with --activation-checkpointing and --sequences-per-micro-batch 1"
+    words = " --activation-checkpointing --sequences-per-micro-batch 1"
     settings[words] = dataclasses.replace(made.setting, workload=frugal)
     for words, setting in settings.items():
         gpus = _enough_gpus(made, setting)
         if gpus is not None:
-            found.append(f"--gpus {gpus}{words}: the fewest, in nodes of {setting.gpu.gpus_per_node} by powers of two")
+            found.append(f"--gpus {gpus}{words}")
             break
     return found
 
@@ -191,7 +192,7 @@ def _changes(made: Plan) -> Iterator[tuple[str, tuple]]:
     workload, forced = made.setting.workload, (made.dp, made.fsdp, made.ep)
     options = [("", forced)]
     if forced != (None, None, None):
-        options.append(("without --dp, --fsdp and --ep", (None, None, None)))
+        options.append(("(without --dp, --fsdp, --ep)", (None, None, None)))
     sequences = workload.sequences_per_micro_batch
     while sequences >= 1:
         for words, numbers in options:
@@ -205,7 +206,7 @@ def _changes(made: Plan) -> Iterator[tuple[str, tuple]]:
                 if sequences != workload.sequences_per_micro_batch:
                     said.append(f"--sequences-per-micro-batch {sequences}")
                 setting = dataclasses.replace(made.setting, workload=changed)
-                yield ", ".join(said), (setting, made.gpus, *numbers)
+                yield " ".join(said), (setting, made.gpus, *numbers)
         sequences //= 2
 
 
