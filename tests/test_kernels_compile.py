@@ -45,7 +45,7 @@ def check_targets(targets: list[str], dtypes: list[str], out: Path) -> None:
 
 
 def test_no_kernel_spills_in_bf16(tmp_path):
-    check_targets(["sm_80", "sm_90", "sm_100", "gfx942"], ["bf16"], tmp_path / "results.json")
+    check_targets(["sm_80", "sm_90", "gfx942"], ["bf16"], tmp_path / "results.json")  # all targets: in the slow test below
 
 
 @pytest.mark.slow

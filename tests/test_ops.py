@@ -27,7 +27,7 @@ if HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1":
     import kernels  # noqa: F401  # registers its operations
 
 LAW = settings(deadline=None, derandomize=True, max_examples=30)
-SHORT_LAW = settings(LAW, max_examples=20)  # the interpreter takes a tenth of a second and more for an example
+SHORT_LAW = settings(LAW, max_examples=12)  # the interpreter takes a tenth of a second and more for an example
 
 # Times the largest value, or 1: inputs are of order 1, and sums of up to 20,000 terms go in different orders. bf16 sums
 # in fp32 and rounds few times.
@@ -498,7 +498,7 @@ def test_loss_and_gradients_of_a_whole_model_are_the_same_in_the_torch_gear(conf
 
 @pytest.mark.skipif("triton" not in ops._implementations["rms_norm"], reason="Triton's interpreter is not on")
 @given(config=small_configs(), data=st.data())
-@settings(LAW, max_examples=6)
+@settings(LAW, max_examples=4)
 def test_loss_and_gradients_of_a_whole_model_are_the_same_in_the_triton_gear(config, data):
     check_a_whole_model("triton", config, data)
 
