@@ -99,7 +99,7 @@ def _holdings(made: Plan) -> list[str]:
     sums, expected = [sum(column) for column in zip(*held, strict=True)], count(config)
     assert sums == [expected.main, expected.mtp], f"ranks of {layout} hold {sums}, the model {expected.main, expected.mtp}"
 
-    titles = [f"rank {rank:,}" for rank in ranks] + ["most of all"]
+    titles = [f"rank {rank:,}" for rank in ranks] + ["most of any"]
     lines = [_row("What each rank holds", titles)]
     for name, index in (("parameters, main stack", 0), ("parameters, MTP layer", 1)):
         numbers = [held[rank % layout.shards][index] for rank in ranks] + [max(both[index] for both in held)]
@@ -219,12 +219,13 @@ def _does_not_divide(config: GLMConfig, layout: Layout) -> str:
 
 
 def _largest(memory: Memory) -> str:
-    """The largest part of what does not fit."""
+    """The largest part of the fullest moment, in GiB."""
+    is_forward = memory.forward >= memory.backward
     parts = {
         "weights, gradients and optimiser state": memory.held,
-        "two layers gathered, their gradients": memory.unsharded_layers + memory.layer_gradients,
+        "two layers gathered": memory.unsharded_layers + (0 if is_forward else memory.layer_gradients),
         "embedding and head gathered, their gradients": memory.root_weights + memory.root_gradient,
-        "bf16 copies of weights": memory.weight_copies + memory.autocast_copies,
+        "bf16 copies of weights": memory.weight_copies + (memory.autocast_copies if is_forward else 0),
         "activations": memory.activations + memory.expert_rows,
         "the loss": memory.loss,
     }
@@ -280,6 +281,8 @@ def launch(made: Plan, model: str) -> str:
         lines = [f"There is no {recipe} for this model: copy configs/recipe/mini.toml, and set"]
         lines += [f"  {key} = {str(value).lower()}" for key, value in wanted.items()] + [""]
     else:
+        if found.training.batch_warmup_steps:
+            wanted["training.first_sequences_per_step"] = _first_sequences(made, found)
         options = [_option(key, value) for key, value in wanted.items() if _value(found, key) != value]
     return "\n".join(lines + (_on_one_node if made.nodes == 1 else _on_many_nodes)(made, recipe, options))
 
@@ -320,6 +323,13 @@ def _wanted(made: Plan) -> dict[str, int | bool]:
         "training.sequences_per_micro_batch": workload.sequences_per_micro_batch,
         "hardware.activation_checkpointing": workload.activation_checkpointing,
     }
+
+
+def _first_sequences(made: Plan, recipe: Recipe) -> int:
+    """The recipe's smaller first batch, as the nearest multiple of what all ranks take at once."""
+    at_once = made.gpus * made.setting.workload.sequences_per_micro_batch
+    most = made.tokens_per_step // made.setting.workload.sequence_length
+    return min(most, max(1, round(recipe.training.first_sequences_per_step / at_once)) * at_once)
 
 
 def _value(recipe: Recipe, key: str) -> object:
