@@ -41,6 +41,12 @@ MOST_PARTIALS = 512  # programs of the backward pass: four for each of an H100's
 
 
 @triton.jit
+def _rstd(numbers, is_row, eps, D: tl.constexpr):
+    """(mean of a row's squares + eps)^-1/2, (rows, 1). Rows beyond the last are zeros, infinite without eps: one there."""
+    return tl.rsqrt(tl.where(is_row, tl.sum(numbers * numbers, axis=1) / D + eps, 1.0))[:, None]
+
+
+@triton.jit
 def _forward(
     x, weight, out, x_stride, rows, eps, D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -49,8 +55,7 @@ def _forward(
     real = (row < rows)[:, None] & (column < D)[None, :]
     loaded = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=real, other=0.0)
     numbers = loaded.to(tl.float32)
-    rstd = tl.rsqrt(tl.sum(numbers * numbers, axis=1) / D + eps)
-    normed = (numbers * rstd[:, None]).to(loaded.dtype).to(tl.float32)
+    normed = (numbers * _rstd(numbers, row < rows, eps, D)).to(loaded.dtype).to(tl.float32)
     scale = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     tl.store(out + row.to(tl.int64)[:, None] * D + column[None, :], normed * scale[None, :], mask=real)
 
@@ -70,8 +75,7 @@ def _backward(
         loaded = tl.load(x + row.to(tl.int64)[:, None] * x_stride + column[None, :], mask=real, other=0.0)
         above = tl.load(dout + row.to(tl.int64)[:, None] * dout_stride + column[None, :], mask=real, other=0.0).to(tl.float32)
         numbers = loaded.to(tl.float32)
-        rstd = tl.rsqrt(tl.sum(numbers * numbers, axis=1) / D + eps)
-        rstd = tl.where(row < rows, rstd, 0.0)[:, None]  # rows beyond the last are zeros: infinite without eps
+        rstd = _rstd(numbers, row < rows, eps, D)
         normed = numbers * rstd
         dscale += tl.sum(above * normed.to(loaded.dtype).to(tl.float32), axis=0)
         dnormed = above * scale[None, :]
