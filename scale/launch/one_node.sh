@@ -15,7 +15,8 @@ usage: scale/launch/one_node.sh [-n PROCESSES] [-r RESTARTS] [-l LOG_DIR] RECIPE
   scale/launch/one_node.sh configs/recipe/mini.toml --ep 8
   scale/launch/one_node.sh -n 4 nano --dp 2 --ep 2
 
-Ctrl-C or SIGTERM: the run is saved after its step; the same command goes on. `python -m scale.plan` proposes a mesh.
+Ctrl-C or SIGTERM: the run is saved after its step (torchrun then shows a SignalException and ends with code 1); the same
+command goes on. `python -m scale.plan` proposes a mesh.
 EOF
 }
 
