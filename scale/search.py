@@ -196,7 +196,7 @@ def _changes(made: Plan) -> Iterator[tuple[str, tuple]]:
     sequences = workload.sequences_per_micro_batch
     while sequences >= 1:
         for words, numbers in options:
-            for checkpointing in {workload.activation_checkpointing: None, True: None}:
+            for checkpointing in sorted({workload.activation_checkpointing, True}):
                 changed = dataclasses.replace(
                     workload, sequences_per_micro_batch=sequences, activation_checkpointing=checkpointing
                 )
