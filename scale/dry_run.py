@@ -12,11 +12,10 @@ What is measured: the elements that this rank holds, the collectives with their 
 The peak is that of the CPU's gear under bf16 autocast, without what a GPU's libraries take for themselves.
 """
 
-import os
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -28,7 +27,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from minglm.config import GLMConfig
@@ -61,14 +59,14 @@ def dry_run(
     activation_checkpointing: bool = True,
     ranks: Sequence[int] = (0,),
 ) -> list[DryRun]:
-    """Take a training step as each of `ranks` of `layout`, each in a process of its own, one a core at a time.
+    """Take a training step as each of `ranks` of `layout`, each in a process of its own, up to three at a time.
 
     Raises `LayoutError` for a layout that does not fit, and whatever the step raises.
     """
     layout.check(config)
     arguments = (config, layout, sequence_length, sequences_per_micro_batch, activation_checkpointing)
     ranks = list(dict.fromkeys(ranks))
-    with ProcessPoolExecutor(min(len(ranks), os.cpu_count() or 1), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(min(len(ranks), 3), mp_context=get_context("spawn")) as pool:
         running = [pool.submit(step_as_rank, rank, *arguments) for rank in ranks]
         for _ in tqdm(as_completed(running), "dry run", len(running), unit="rank"):
             pass
@@ -137,6 +135,15 @@ def _in_turn(router, scores_NE: Tensor) -> Tensor:
     return torch.arange(n * k).view(n, k) % router.config.n_routed_experts
 
 
+def _tensors(values: Iterable) -> Iterator[Tensor]:
+    """Those among some arguments of an operation, and in lists among them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
+
+
 class _Watch(TorchDispatchMode):
     """Decides what is fake, and keeps account of memory and collectives.
 
@@ -161,20 +168,19 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors(args)) + list(_tensors(kwargs.values()))
         if self._is_fake(func, tensors, kwargs):
             out = func(*args, **kwargs)
         else:
             with unset_fake_temporarily():
                 out = func(*args, **kwargs)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, FakeTensor):
-                self._count(leaf.untyped_storage())
+        for tensor in _tensors([out]):
+            if isinstance(tensor, FakeTensor):
+                self._count(tensor.untyped_storage())
         if func.namespace == "c10d":
             name = func.name().removeprefix("c10d::").strip("_")
             calls, nbytes = self.collectives[name]
-            sides = [leaf.nbytes for leaf in tensors]
-            self.collectives[name] = (calls + 1, nbytes + max(sides, default=0))
+            self.collectives[name] = (calls + 1, nbytes + max((tensor.nbytes for tensor in tensors), default=0))
         return out
 
     @staticmethod

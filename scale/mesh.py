@@ -177,6 +177,13 @@ def first_rank_does(work: Callable[[], Any]) -> Any:
     return result
 
 
+def first_rank_first(work: Callable[[], Any]) -> Any:
+    """`work()` on every rank, but on the first before the others: what it has prepared, they find."""
+    done = []
+    first_rank_does(lambda: done.append(work()))
+    return done[0] if done else work()
+
+
 def rows_of_rank(rows: int, rank: int, ranks: int) -> tuple[int, int]:
     """Which of `rows` rank number `rank` of `ranks` holds, (start, end), by FSDP's rule: equal parts, the last ones short."""
     part = -(-rows // ranks)

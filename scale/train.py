@@ -30,7 +30,7 @@ from minglm.train.run_folder import RunFolder
 from minglm.train.stop import StopRequest
 from minglm.train.trainer import Outcome, Trainer
 from scale.learner import ShardedLearner
-from scale.mesh import Layout, LayoutError, first_rank_does, make_mesh
+from scale.mesh import Layout, LayoutError, control_group, first_rank_does, first_rank_first, make_mesh
 
 PROGRAM = "torchrun --nproc-per-node N -m scale.train"
 # So long a rank that has lost another one waits for torchrun to notice which rank it was that died.
@@ -73,6 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         with redirect_stdout(sys.stdout if rank == 0 else open(os.devnull, "w")):
             outcome = train(command.recipe, folder, layout, command.resume)
             _say_what_next(outcome, RunFolder(folder), layout)
+            sys.stdout.flush()
         return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
     except (ValueError, OSError) as error:  # ours are for people to read, and the same on all ranks
         if type(error).__module__.partition(".")[0] not in ("minglm", "scale") and not isinstance(error, OSError):
@@ -107,13 +108,14 @@ def train(recipe: Recipe, run_folder: str | Path, layout: Layout, must_resume: b
         checkpoint = first_rank_does(partial(folder.open, recipe, must_resume))
         print(f"run folder: {folder.path} (recipe, metrics, plots, checkpoints)")
         print(f"devices: {layout.world_size} ranks, {layout}; the first: {device}")
-        first_rank_does(lambda: prepare_data(recipe, folder.path) and None)
-        tokenizer, dataset = prepare_data(recipe, folder.path)
+        tokenizer, dataset = first_rank_first(partial(prepare_data, recipe, folder.path))
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
         make_learner = partial(ShardedLearner, mesh)
         trainer = stack.enter_context(closing(Trainer(recipe, folder, device, tokenizer, dataset, checkpoint, make_learner)))
-        return trainer.run(stop)
+        outcome = trainer.run(stop)
+        dist.barrier(group=control_group())  # torchrun ends all others when one ends: not before the first has drawn its plots
+        return outcome
 
 
 def check(recipe: Recipe, layout: Layout) -> None:
@@ -158,10 +160,15 @@ def _device_of_rank(hardware: Hardware) -> Device:
 
 def _start_process_groups(device: Device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.torch_device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # After a restart, torchrun of PyTorch 2.13 hands out the store of the attempt before, with the addresses of dead
+    # processes. Nodes may count restarts differently: where there are several, scale/launch has torchrun make new stores.
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def _lost(rank: int, error: Exception) -> None:

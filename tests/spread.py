@@ -22,34 +22,35 @@ from scale.learner import ShardedLearner
 from scale.mesh import Layout, make_mesh
 
 CPU = Device(torch.device("cpu"), False, "the tests' device")
-SEQUENCES, LENGTH, STEPS = 8, 48, 10
+STEPS = 10
 
 
 def nano_recipe(**changes: object) -> Recipe:
     """The real nano model; `changes` are its configuration's."""
     config = replace(GLMConfig.from_toml("configs/model/nano.toml"), **changes)
-    training = Training(STEPS, LENGTH, SEQUENCES, 1)
+    training = Training(STEPS, sequence_length=48, sequences_per_step=8, sequences_per_micro_batch=1)
     return Recipe(config, training, optimizer=Optimizer(learning_rate=8e-3), hardware=Hardware(device="cpu"))
 
 
-def sequences_of_step(config: GLMConfig, step: int) -> Batch:
+def sequences_of_step(recipe: Recipe, step: int) -> Batch:
     """Packed documents with a skewed vocabulary, some single tokens, padding at the end of some rows."""
+    count, length = recipe.training.sequences_per_step, recipe.training.sequence_length
     generator = torch.Generator().manual_seed(step)
-    ids = (torch.rand(SEQUENCES, LENGTH + 1, generator=generator) ** 3 * config.vocab_size).long()
-    starts = torch.rand(SEQUENCES, LENGTH + 1, generator=generator) < 0.08
+    ids = (torch.rand(count, length + 1, generator=generator) ** 3 * recipe.model.vocab_size).long()
+    starts = torch.rand(count, length + 1, generator=generator) < 0.08
     documents = starts.long().cumsum(1)
-    padded = torch.arange(LENGTH + 1) >= LENGTH + 1 - torch.randint(0, 9, (SEQUENCES, 1), generator=generator)
+    padded = torch.arange(length + 1) >= length + 1 - torch.randint(0, 9, (count, 1), generator=generator)
     documents = documents.masked_fill(padded, PADDING)
     labels = ids[:, 1:].masked_fill((documents[:, 1:] != documents[:, :-1]) | padded[:, 1:], IGNORED)
     return Batch(ids[:, :-1].contiguous(), labels, documents[:, :-1].contiguous().int())
 
 
-def batches_of_rank(config: GLMConfig, step: int, rank: int, ranks: int) -> list[Batch]:
+def batches_of_rank(recipe: Recipe, step: int, rank: int, ranks: int) -> list[Batch]:
     """This rank's micro-batches, of one sequence each: those that `TokenStream.next` would deal to it."""
-    whole = sequences_of_step(config, step)
+    whole = sequences_of_step(recipe, step)
     return [
         Batch(*(getattr(whole, name)[i : i + 1] for name in ("input_ids", "labels", "document_ids")))
-        for i in range(rank, SEQUENCES, ranks)
+        for i in range(rank, len(whole.input_ids), ranks)
     ]
 
 
@@ -57,7 +58,7 @@ def take_steps(learner: Learner, steps: Iterable[int]) -> tuple[torch.Tensor, to
     """-> the numbers that `Learner.step` returns, (steps, n), and all router biases after each step, (steps, layers, E)."""
     numbers, biases = [], []
     for step in steps:
-        numbers.append(learner.step(batches_of_rank(learner.model.config, step, learner.rank, learner.ranks), 1.0))
+        numbers.append(learner.step(batches_of_rank(learner.recipe, step, learner.rank, learner.ranks), 1.0))
         biases.append(torch.stack([router.e_score_correction_bias.clone() for router in learner.model.routers()]))
     return torch.stack(numbers), torch.stack(biases)
 
