@@ -566,7 +566,7 @@ def with_options(recipe: Recipe, arguments: list[str]) -> Recipe:
 @pytest.mark.parametrize("model, gpus", [("nano", 8), ("mini", 16), ("mini", 64), ("glm-4.5", 512)])
 def test_the_printed_command_is_one_that_torchrun_and_the_trainer_take(model, gpus, known_options):
     config = GLMConfig.from_toml(ROOT / "configs" / "model" / f"{model}.toml")
-    made = plan(Setting(config, GPUS["h100"], Workload(2048), 2**19), gpus)
+    made = plan(Setting(config, GPUS["h100"], Workload(2048), 2**19), gpus, dp=1, ep=4)  # three different numbers
     text = launch(made, f"configs/model/{model}.toml")
     words = shlex.split(re.search(r"^  torchrun ((?:.*\\\n)*.*)", text, re.M)[1].replace("\\\n", " "))
     arguments = check_torchrun(words, known_options)
