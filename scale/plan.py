@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         from scale.dry_run import report as dry_run_report
 
         workload, last = made.setting.workload, made.gpus - 1
-        ranks = dry_run(
+        runs = dry_run(
             made.setting.config,
             made.chosen.layout,
             workload.sequence_length,
@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
             workload.activation_checkpointing,
             ranks=tuple(sorted({0, made.gpus // 2, last})),
         )
-        print("\n" + dry_run_report(ranks))
+        print("\n" + dry_run_report(runs, made.setting.config, made.chosen.layout))
     return 0
 
 

@@ -519,10 +519,10 @@ def test_a_dry_run_gets_what_was_planned(capsys, monkeypatch):
     calls = []
     module = type(sys)("scale.dry_run")
     module.dry_run = lambda *args, **kwargs: calls.append((args, kwargs)) or ["a rank"]
-    module.report = lambda ranks: f"dry: {ranks}"
+    module.report = lambda runs, config, layout: f"dry: {runs} {layout}"
     monkeypatch.setitem(sys.modules, "scale.dry_run", module)
     code, out = run(capsys, "nano --gpus 8 --ep 4 --dp 1 --dry-run")
-    assert code == 0 and out.endswith("dry: ['a rank']\n")
+    assert code == 0 and out.endswith("dry: ['a rank'] dp 1 x fsdp 2 x ep 4\n")
     ((config, layout, *rest), named) = calls[0]
     assert layout == Layout(1, 2, 4) and rest == [2048, 1, True] and named == {"ranks": (0, 4, 7)}
     assert config.n_routed_experts == 32
