@@ -59,7 +59,7 @@ def step_time(config: GLMConfig, layout: Layout, workload: Workload, gpu: GPU, m
     links = Links(layout, gpu)
     micro = {
         "products": _products(config, layout, workload, gpu, mfu),
-        "fsdp": _fsdp(config, layout, workload, links),
+        "fsdp": _fsdp(config, layout, links),
         "copies": _copies(config, layout, links),
         "all_to_all": _all_to_all(config, layout, workload, links),
         "root": 2 * links.collective(4 * root_elements(config), "shard"),
@@ -161,15 +161,17 @@ def _spread(size: int, stride: int, first: int, node: int) -> tuple[int, int]:
     return len(counts), min(counts.values())
 
 
-def _fsdp(config: GLMConfig, layout: Layout, workload: Workload, links: Links) -> float:
-    """Gathers before forward and backward (and before the recomputation), and the reduction: seconds of a micro-batch."""
-    gathers = 3 if workload.activation_checkpointing else 2
+def _fsdp(config: GLMConfig, layout: Layout, links: Links) -> float:
+    """Gathers before forward and backward, and the reduction: seconds of a micro-batch.
+
+    A layer that is computed again in the backward pass is gathered already.
+    """
     seconds = 0.0
     for (dense, experts, _), layers in _distinct(layer_sizes(config)):
-        seconds += layers * (gathers + 1) * links.collective(4 * dense, "shard")
+        seconds += layers * 3 * links.collective(4 * dense, "shard")
         if experts:
             local = experts / layout.ep
-            seconds += layers * (gathers * links.collective(2 * local, "fsdp") + links.collective(4 * local, "fsdp"))
+            seconds += layers * (2 * links.collective(2 * local, "fsdp") + links.collective(4 * local, "fsdp"))
     return seconds
 
 

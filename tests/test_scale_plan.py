@@ -30,6 +30,7 @@ from minglm.params import count, training_memory
 from minglm.train.device import Device
 from minglm.train.recipe import Recipe, load_recipe
 from scale import footprint
+from scale.dry_run import dry_run
 from scale.footprint import layer_sizes, most_memory, muon_matrices, parameters, root_elements
 from scale.hardware import GPUS, find_gpu
 from scale.mesh import Layout, LayoutError
@@ -281,6 +282,22 @@ def test_autograd_keeps_a_copy_of_each_weight_unless_a_layer_is_computed_again()
         kept[checkpointing] = sum(sizes.values())
     assert kept[False] == most_memory(config, Layout(), Workload(8, activation_checkpointing=False)).weight_copies
     assert kept[True] == 0
+
+
+def test_the_real_launcher_holds_gathers_and_needs_what_was_planned():
+    """A step of GLM-4.5 with fewer layers as the first of 64 ranks, on tensors without memory, counted as it runs."""
+    config = dataclasses.replace(GLM_45, num_hidden_layers=4)
+    layout = Layout(1, 8, 8)
+    (run,) = dry_run(config, layout, 4096, 1, True, ranks=(0,))
+    memory = memory_of_rank(config, layout, 0, Workload())
+    assert (run.main, run.mtp) == parameters_of_rank(config, layout, 0)
+    counters = sum(4 * parameter.times for parameter in parameters(config) if not parameter.is_muon)  # AdamW's, of steps
+    assert run.state_bytes == memory.held + counters  # nothing is padded here
+    # Groups: 5 layers (one is the MTP's), the experts of 2 of them, the rest. Each is gathered twice, the rest once.
+    assert run.collectives["allgather_base"][0] == 2 * (5 + 2) + 1
+    assert run.collectives["reduce_scatter_base"][0] == 5 + 2 + 1
+    # Nothing overlaps in a dry run, tokens are balanced, and there is no reserve.
+    assert 0.6 < run.peak_bytes / memory.total < 1
 
 
 # ---------------------------------------------------------------- time
