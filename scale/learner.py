@@ -20,7 +20,7 @@ from minglm.train.recipe import Recipe
 from scale import checkpoint as sharded_checkpoint
 from scale.mesh import Mesh, broadcast, control_group
 from scale.muon import ShardedMuonAdamW
-from scale.shard import build, draw_weights, parts
+from scale.shard import build, draw_weights, local, parts
 
 
 class ShardedLearner(Learner):
@@ -91,7 +91,7 @@ class ShardedLearner(Learner):
         )
 
     def _clip_gradients(self, clip_norm: float) -> Tensor:
-        gradients = [p.grad.to_local() for p in self.model.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         dist.all_reduce(squares, group=self.mesh.shard_group)  # its ranks hold each number of the model once
         norm = squares.sqrt()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minglm.model import GLM
 from minglm.optim import CHUNK_ELEMENTS_CPU, CHUNK_ELEMENTS_GPU, MuonAdamW, logical_matrices, parameter_groups
 from scale.mesh import rows_of_rank
-from scale.shard import Part
+from scale.shard import Part, local
 
 ROUND_BYTES = 2**28  # so much of the matrices a rank owns at a time: bounds the buffers, which are about four times as large
 
@@ -38,7 +38,7 @@ class ShardedMuonAdamW(MuonAdamW):
         self._parts = {part.name: part for part in parts}
         self._parameters = dict(model.named_parameters())
         self._locals = {part.name: nn.Parameter(part.local) for part in parts}
-        trainable = [(name, local) for name, local in self._locals.items() if self._parameters[name].requires_grad]
+        trainable = [(name, held) for name, held in self._locals.items() if self._parameters[name].requires_grad]
         super().__init__(parameter_groups(trainable, kind), lr, **hyperparameters)
         self.prepare()
         cut = [part for group in self.param_groups if group["method"] == "muon" for part in self._cut_parts(group)]
@@ -50,9 +50,9 @@ class ShardedMuonAdamW(MuonAdamW):
 
     def step(self, closure=None):
         """Update every parameter's part; all ranks must call it."""
-        for name, local in self._locals.items():
+        for name, held in self._locals.items():
             gradient = self._parameters[name].grad
-            local.grad = None if gradient is None else gradient.to_local()
+            held.grad = None if gradient is None else local(gradient)
         return super().step(closure)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -62,8 +62,8 @@ class ShardedMuonAdamW(MuonAdamW):
 
     def state_parts(self) -> Iterator[tuple[str, str, Tensor, Part | None]]:
         """Every tensor of the state as (parameter, key, tensor, its part); part None: the same on all ranks."""
-        for name, local in self._locals.items():
-            for key, tensor in self.state[local].items():
+        for name, held in self._locals.items():
+            for key, tensor in self.state[held].items():
                 yield name, key, tensor, self._parts[name] if tensor.ndim else None
 
     def _cut_parts(self, group: dict[str, Any]) -> list[Part]:
@@ -132,11 +132,11 @@ class Matrix:
         start, end = self.span(rank)
         return (end - start) * self.shape[1]
 
-    def rows_here(self, local: Tensor) -> Tensor:
+    def rows_here(self, held: Tensor) -> Tensor:
         """Of a tensor like the parameter's part on this rank, the rows of this matrix: a view (rows, columns)."""
         start, end = self.span(self.rank)
         offset = rows_of_rank(self.cut_rows, self.rank, self.ranks)[0] - self.first
-        entry = local if self.expert is None else local[self.expert]
+        entry = held if self.expert is None else held[self.expert]
         return entry[start - offset : end - offset] if end > start else entry[:0]
 
     @property

@@ -53,29 +53,40 @@ def _divide_experts(model: GLM, mesh: Mesh) -> None:
 
 
 def _cut(model: GLM, mesh: Mesh, bf16: bool) -> None:
-    expert_dim = mesh.layout.expert_dim(model.config)
-    experts_policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False
-    )
+    """FSDP around what several ranks share; parameters that one rank holds alone stay as they are and are never copied."""
     layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
-    for layer in layers:
-        if layer.is_moe:
-            fully_shard(
-                layer.mlp.experts,
-                mesh=mesh.experts_fsdp,
-                mp_policy=experts_policy,
-                shard_placement_fn=lambda _: Shard(expert_dim),
-            )
-        fully_shard(layer, mesh=mesh.dense_fsdp)
-    fully_shard(model, mesh=mesh.dense_fsdp)
-    register_fsdp_forward_method(model, "loss")
+    stacks = {stack for layer in layers if layer.is_moe for stack in layer.mlp.experts.parameters()}
+    if mesh.experts_fsdp.size() > 1:
+        dim = mesh.layout.expert_dim(model.config)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if bf16 else None,
+            reduce_dtype=torch.float32 if bf16 else None,
+            cast_forward_inputs=False,
+        )
+        for layer in layers:
+            if layer.is_moe:
+                fully_shard(
+                    layer.mlp.experts, mesh=mesh.experts_fsdp, mp_policy=policy, shard_placement_fn=lambda _: Shard(dim)
+                )
+    if mesh.dense_fsdp.size() > 1:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh.dense_fsdp, ignored_params=stacks)
+        fully_shard(model, mesh=mesh.dense_fsdp, ignored_params=stacks)
+        register_fsdp_forward_method(model, "loss")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     for layer, following in zip(layers, layers[1:], strict=False):
         # The dispatcher makes the host wait in every layer; by then the next layer's parameters should be on their way.
-        layer.set_modules_to_forward_prefetch([following, following.mlp.experts] if following.is_moe else [following])
+        inside = [following, following.mlp.experts] if following.is_moe else [following]
+        if isinstance(layer, FSDPModule):
+            layer.set_modules_to_forward_prefetch([module for module in inside if isinstance(module, FSDPModule)])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter or gradient, which shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 # ---------------------------------------------------------------------------------------------- who holds which part
@@ -121,7 +132,7 @@ def parts(model: GLM, mesh: Mesh) -> list[Part]:
         if is_expert:
             shape[0] *= mesh.layout.ep
         dim = mesh.layout.expert_dim(model.config) if is_expert else 0
-        found.append(Part(name, parameter.detach().to_local(), tuple(shape), is_expert, dim, mesh))
+        found.append(Part(name, local(parameter.detach()), tuple(shape), is_expert, dim, mesh))
     return found
 
 

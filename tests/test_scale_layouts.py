@@ -22,7 +22,7 @@ from minglm.train.learner import Learner
 from minglm.train.recipe import Recipe
 from scale.mesh import Layout, make_mesh
 from scale.muon import ShardedMuonAdamW
-from scale.shard import build, parts
+from scale.shard import build, local, parts
 
 # Of the losses, the gradient norm and MaxVio, relative; and of every number of every parameter, after steps of 8e-3.
 NUMBERS_TOLERANCE, PARAMETER_TOLERANCE = 1e-6, 1e-4
@@ -117,7 +117,7 @@ def muon_beside_one_process(layout: Layout, round_bytes: int) -> None:
             plain.get_parameter(part.name).grad = gradient = torch.randn(part.shape)
             parameter = spread.get_parameter(part.name)
             parameter.grad = torch.zeros_like(parameter)
-            parameter.grad.to_local().copy_(part.cut_out(gradient))
+            local(parameter.grad).copy_(part.cut_out(gradient))
         ours.step()
         theirs.step()
         for part in held:
