@@ -34,10 +34,6 @@ LOGITS_BYTES = 2 + 4 + 4 + 2  # a logit as a bf16 product, as fp32, its log-soft
 EXCHANGE_BYTES = 256 * 2**20  # that Muon sends at most in a round; there are four buffers of this size
 NEWTON_SCHULZ_BYTES = 20  # a number: its momentum and update in fp32, gathered and not, and three bf16 steps in between
 
-# Autocast keeps the bf16 copy of each weight that a linear layer casts until the forward pass is over, FSDP or not. Without
-# it (`cache_enabled=False`) only what autograd saves would stay.
-AUTOCAST_KEEPS_COPIES = True
-
 
 @dataclass(frozen=True)
 class Workload:
@@ -97,11 +93,6 @@ class Parameter:
         """Of which decoder layer: "model.layers.7", "mtp.layer", or None for what FSDP's root group holds."""
         found = re.match(r"(model\.layers\.\d+|mtp\.layer)\.", self.name)
         return found and found[1]
-
-    @property
-    def is_linear(self) -> bool:
-        """The weight of a linear layer that autocast casts: attention, and the matrix that joins two states in the MTP."""
-        return bool(re.search(r"self_attn\.._proj\.weight$|eh_proj", self.name))
 
     @property
     def optimizer_bytes(self) -> int:
@@ -205,7 +196,6 @@ class Memory:
     root_weights: int  # fp32, from forward to backward
     root_gradient: int  # fp32, whole
     weight_copies: int  # bf16, kept by autograd
-    autocast_copies: int  # bf16, until the forward pass ends
     activations: int
     expert_rows: int
     loss: int
@@ -220,15 +210,10 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
     @property
-    def forward(self) -> int:
-        """On top, at the end of a forward pass, whose losses make the head's gradients."""
-        gathered = self.unsharded_layers + self.root_weights + self.root_gradient + self.weight_copies + self.autocast_copies
+    def micro_batch(self) -> int:
+        """On top, in the backward pass of a micro-batch; the forward pass needs less."""
+        gathered = self.unsharded_layers + self.layer_gradients + self.root_weights + self.root_gradient + self.weight_copies
         return gathered + self.activations + self.expert_rows + self.loss
-
-    @property
-    def backward(self) -> int:
-        """On top, in a backward pass."""
-        return self.forward - self.autocast_copies + self.layer_gradients
 
     @property
     def update(self) -> int:
@@ -238,7 +223,7 @@ class Memory:
     @property
     def total(self) -> int:
         """At the fullest moment of training."""
-        return self.held + max(self.forward, self.backward, self.update) + self.reserve
+        return self.held + max(self.micro_batch, self.update) + self.reserve
 
     @property
     def rollout(self) -> int:
@@ -270,10 +255,10 @@ def memory_of_rank(config: GLMConfig, layout: Layout, rank: int, workload: Workl
         optimizer=optimizer,
         unsharded_layers=_two_layers(config, layout, expert_bytes=2) + _gathered_copy(config, layout),
         layer_gradients=_two_layers(config, layout, expert_bytes=3),  # 2 in the one, 4 in the other
-        root_weights=4 * root,
-        root_gradient=4 * max(root, heads * table),  # each loss makes the head's gradient in its forward pass
+        root_weights=4 * root if layout.world_size > 1 else 0,
+        # Each loss makes the head's gradient in its forward pass.
+        root_gradient=4 * max(root if layout.world_size > 1 else 0, heads * table),
         weight_copies=_weight_copies(config, workload.activation_checkpointing),
-        autocast_copies=_autocast_copies(config, workload.activation_checkpointing),
         activations=activation_bytes_per_token(config, workload.activation_checkpointing) * workload.tokens,
         expert_rows=_expert_rows(config, layout, workload),
         loss=_loss(config, workload),
@@ -290,8 +275,11 @@ def most_memory(config: GLMConfig, layout: Layout, workload: Workload, reserve: 
 
 
 def _two_layers(config: GLMConfig, layout: Layout, expert_bytes: int) -> int:
-    """Bytes of the largest two neighbours among the layers, with the experts of one ep rank; all other numbers take 4."""
-    sizes = [4 * dense + expert_bytes * experts // layout.ep for dense, experts, _ in layer_sizes(config)]
+    """Bytes of the largest two neighbours among the layers, with the experts of one ep rank; all other numbers take 4.
+    What one rank holds alone is neither gathered nor reduced."""
+    dense_bytes = 4 if layout.world_size > 1 else 0
+    expert_bytes = expert_bytes if layout.dp * layout.fsdp > 1 else 0
+    sizes = [dense_bytes * dense + expert_bytes * experts // layout.ep for dense, experts, _ in layer_sizes(config)]
     return max((sum(pair) for pair in zip(sizes, sizes[1:], strict=False)), default=sizes[0])
 
 
@@ -306,13 +294,6 @@ def _weight_copies(config: GLMConfig, activation_checkpointing: bool) -> int:
     """bf16 copies of fp32 weights that autograd saves with each product; with checkpointing, of one layer at a time."""
     copied = [matrices for _, _, matrices in layer_sizes(config)]
     return 2 * (max(copied) if activation_checkpointing else sum(copied))
-
-
-def _autocast_copies(config: GLMConfig, activation_checkpointing: bool) -> int:
-    """Autocast's own, of what linear layers read. Without checkpointing they are those that autograd saves."""
-    if not (AUTOCAST_KEEPS_COPIES and activation_checkpointing):
-        return 0
-    return 2 * sum(parameter.elements * parameter.times for parameter in parameters(config) if parameter.is_linear)
 
 
 def _expert_rows(config: GLMConfig, layout: Layout, workload: Workload) -> int:

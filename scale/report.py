@@ -21,11 +21,10 @@ ROWS: tuple[tuple[str, Callable[[Memory], int]], ...] = (
     ("gradients, fp32", lambda m: m.gradients),
     ("optimiser state, fp32", lambda m: m.optimizer),
     ("two layers gathered", lambda m: m.unsharded_layers),
-    ("gradients of two layers (b)", lambda m: m.layer_gradients),
+    ("gradients of two layers", lambda m: m.layer_gradients),
     ("root group gathered, fp32", lambda m: m.root_weights),
     ("root group's gradient, fp32", lambda m: m.root_gradient),
-    ("bf16 copies of weights, autograd's", lambda m: m.weight_copies),
-    ("bf16 copies, autocast's (f)", lambda m: m.autocast_copies),
+    ("bf16 copies of weights", lambda m: m.weight_copies),
     ("activations", lambda m: m.activations),
     ("rows in the experts", lambda m: m.expert_rows),
     ("loss: chunk of logits, head", lambda m: m.loss),
@@ -113,8 +112,8 @@ def _holdings(made: Plan) -> list[str]:
     lines.append(_row("", [f"{memory.total / available:.0%}" for memory in memories]))
     whole = training_memory(config)
     return lines + [
-        "  (f) only forward, (b) only backward, (u) only in the update, when no layer is gathered: the",
-        "  fullest moment counts the larger. FSDP pads shards, so weights may be more than parameters x 4.",
+        "  (u) in the update, when no layer is gathered: the fullest moment counts these or those of a",
+        "  micro-batch. FSDP pads shards, so weights may be more than parameters x 4.",
         f"  A checkpoint (weights and optimiser state, fp32) has {(whole.weights + whole.optimizer) / 1e12:,.2f} TB.",
     ]
 
@@ -220,12 +219,11 @@ def _does_not_divide(config: GLMConfig, layout: Layout) -> str:
 
 def _largest(memory: Memory) -> str:
     """The largest part of the fullest moment, in GiB."""
-    is_forward = memory.forward >= memory.backward
     parts = {
         "weights, gradients and optimiser state": memory.held,
-        "two layers gathered": memory.unsharded_layers + (0 if is_forward else memory.layer_gradients),
+        "two layers gathered": memory.unsharded_layers + memory.layer_gradients,
         "embedding and head gathered, their gradients": memory.root_weights + memory.root_gradient,
-        "bf16 copies of weights": memory.weight_copies + (memory.autocast_copies if is_forward else 0),
+        "bf16 copies of weights": memory.weight_copies,
         "activations": memory.activations + memory.expert_rows,
         "the loss": memory.loss,
     }

@@ -4,6 +4,7 @@ import dataclasses
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from minglm.checkpoint import CheckpointError
 from minglm.config import ConfigError
 from minglm.train.metrics import MetricsError, MetricsFile, read_metrics
 from minglm.train.run_folder import RunFolder
+from minglm.train.stop import SAME_REQUEST_SECONDS
 from minglm.train.trainer import train
 
 
@@ -112,20 +114,36 @@ def test_a_signal_lets_the_step_finish_and_saves_it(text, undisturbed, tmp_path,
     assert_same(folder, undisturbed)
 
 
-def run_and_signal_twice(recipe, folder: Path) -> None:
-    def signal_twice(*_arguments):
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
+def run_and_signal_twice(recipe, folder: Path, number: signal.Signals, seconds_between: float) -> None:
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def signal_twice(*arguments):
+        torch.nn.utils.clip_grad_norm_ = clip
+        signal.raise_signal(number)
+        time.sleep(seconds_between)
+        signal.raise_signal(number)
+        return clip(*arguments)
 
     torch.nn.utils.clip_grad_norm_ = signal_twice
     run_small(recipe, folder)
 
 
-def test_a_second_signal_ends_the_process_at_once(text, tmp_path):
-    process = in_child(run_and_signal_twice, small_recipe(text), tmp_path / "run")
+def test_a_second_interrupt_ends_the_process_at_once(text, tmp_path):
+    process = in_child(run_and_signal_twice, small_recipe(text), tmp_path / "run", signal.SIGINT, SAME_REQUEST_SECONDS + 0.1)
     process.join()
-    assert process.exitcode == -signal.SIGTERM
+    assert process.exitcode != 0
     assert RunFolder(tmp_path / "run").checkpoints() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "seconds_between"), [(signal.SIGINT, 0.0), (signal.SIGTERM, 0.0), (signal.SIGTERM, SAME_REQUEST_SECONDS + 0.1)]
+)
+def test_a_signal_that_arrives_twice_still_saves_the_step(text, tmp_path, number, seconds_between):
+    """torchrun and Slurm pass on to each process a signal that the whole group has got."""
+    process = in_child(run_and_signal_twice, small_recipe(text), tmp_path / "run", number, seconds_between)
+    process.join()
+    assert process.exitcode == 0
+    assert [path.name for path in RunFolder(tmp_path / "run").checkpoints()] == ["step-1"]
 
 
 def test_a_full_disk_costs_no_checkpoint_and_the_run_goes_on_when_there_is_room(text, undisturbed, tmp_path, monkeypatch):

@@ -19,7 +19,8 @@ class Device:
 
     def autocast(self) -> AbstractContextManager:
         """Matrix products in bf16 where that was chosen; weights and all else stay fp32."""
-        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
+        # autocast's cache would keep a bf16 copy of every weight until the forward pass ends, for weights that are used once.
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False)
 
     def __str__(self) -> str:
         return f"{self.torch_device}, {'bf16 autocast, fp32 master weights' if self.bf16 else 'fp32'} ({self.why})"

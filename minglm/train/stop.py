@@ -2,16 +2,22 @@
 
 import signal
 import threading
+import time
+
+SAME_REQUEST_SECONDS = 2.0
 
 
 class StopRequest:
-    """Inside this context the first SIGINT or SIGTERM only sets `signal`; a second one ends the process at once.
+    """Inside this context the first SIGINT or SIGTERM only sets `signal`; a later SIGINT ends the process at once.
 
+    Launchers and schedulers pass a signal on to processes that have got it already: what follows within
+    `SAME_REQUEST_SECONDS`, and every further SIGTERM, is taken for the same request.
     Python takes signals in the main thread only; in any other this context does nothing.
     """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -24,7 +30,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
-        if self.signal is not None:
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > SAME_REQUEST_SECONDS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.signal = signal.Signals(number)
