@@ -103,6 +103,7 @@ def train(recipe: Recipe, run_folder: str | Path, layout: Layout, must_resume: b
     with ExitStack() as stack:
         if not dist.is_initialized():
             _start_process_groups(device)
+            stack.callback(control_group.cache_clear)
             stack.callback(dist.destroy_process_group)
         mesh = make_mesh(layout, device.torch_device.type)
         checkpoint = first_rank_does(partial(folder.open, recipe, must_resume))

@@ -16,8 +16,9 @@ from minglm.config import ConfigError
 from minglm.train.metrics import WALL_CLOCK, read_metrics
 from minglm.train.recipe import save_recipe
 from minglm.train.run_folder import RunFolder
+from scale.bench import Bench, bench
 from scale.mesh import Layout, LayoutError
-from scale.train import check, main
+from scale.train import check, main, train
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8
@@ -141,6 +142,19 @@ def test_torchrun_restarts_a_killed_rank_by_itself(recipe_file, alone, tmp_path)
     out = finish(process)
     assert "resuming: " in out
     assert_same_metrics(tmp_path, alone)
+
+
+def test_one_process_needs_no_torchrun_and_computes_the_same_bits(recipe, alone, tmp_path):
+    train(recipe, tmp_path, Layout())
+    wanted = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in alone if r["kind"] != "sample"]
+    found = [{k: v for k, v in r.items() if k not in WALL_CLOCK} for r in read_metrics(RunFolder(tmp_path).metrics)]
+    assert found == wanted
+
+
+def test_the_benchmark_times_both_sides_of_one_step():
+    """It refuses to, unless their losses have the same bits."""
+    plain, spread = bench(Bench(sequences=1, length=8, repeats=1))
+    assert plain > 0 and spread > 0
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
