@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import GLMConfig
@@ -92,9 +92,11 @@ class ShardedLearner(Learner):
 
     def _clip_gradients(self, clip_norm: float) -> Tensor:
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]
-        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        dist.all_reduce(squares, group=self.mesh.shard_group)  # its ranks hold each number of the model once
-        norm = squares.sqrt()
+        norm = nn.utils.get_total_norm(gradients)
+        if self.mesh.layout.shards > 1:
+            squares = norm.square()
+            dist.all_reduce(squares, group=self.mesh.shard_group)  # its ranks hold each number of the model once
+            norm = squares.sqrt()
         # As torch.nn.utils.clip_grad_norm_ does it.
         torch._foreach_mul_(gradients, (clip_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
