@@ -79,16 +79,7 @@ class ShardedLearner(Learner):
         return model
 
     def _make_optimizer(self) -> MuonAdamW:
-        optimizer = self.recipe.optimizer
-        return ShardedMuonAdamW(
-            self.model,
-            self.parts,
-            optimizer.learning_rate,
-            kind=optimizer.kind,
-            momentum=optimizer.momentum,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-        )
+        return ShardedMuonAdamW(self.model, self.parts, **self._optimizer_settings())
 
     def _clip_gradients(self, clip_norm: float) -> Tensor:
         gradients = [local(p.grad) for p in self.model.parameters() if p.grad is not None]

@@ -68,7 +68,11 @@ def float64():
     ("ranks", "layouts"),
     [
         (2, [Layout(2, 1, 1), Layout(1, 2, 1), Layout(1, 1, 2)]),
-        (4, [Layout(4, 1, 1), Layout(1, 4, 1), Layout(1, 1, 4), Layout(2, 2, 1), Layout(2, 1, 2), Layout(1, 2, 2)]),
+        pytest.param(
+            4,
+            [Layout(4, 1, 1), Layout(1, 4, 1), Layout(1, 1, 4), Layout(2, 2, 1), Layout(2, 1, 2), Layout(1, 2, 2)],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ten_steps_of_nano_are_the_same_in_every_layout(float64, tmp_path, ranks, layouts):
@@ -89,7 +93,7 @@ SMALL = replace(MODEL, n_routed_experts=6, vocab_size=300)
         (3, [Layout(1, 3, 1), Layout(1, 1, 3), Layout(3, 1, 1)], dict(tie_word_embeddings=True)),
     ],
 )
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
+@pytest.mark.parametrize("activation_checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_odd_sizes_are_cut_without_loss(float64, tmp_path, ranks, layouts, changes, activation_checkpointing):
     recipe = nano_recipe()
     hardware = replace(recipe.hardware, activation_checkpointing=activation_checkpointing)

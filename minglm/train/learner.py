@@ -113,15 +113,12 @@ class Learner:
         return model
 
     def _make_optimizer(self) -> MuonAdamW:
-        optimizer = self.recipe.optimizer
-        return build_optimizer(
-            self.model,
-            optimizer.learning_rate,
-            kind=optimizer.kind,
-            momentum=optimizer.momentum,
-            betas=optimizer.betas,
-            weight_decay=optimizer.weight_decay,
-        )
+        return build_optimizer(self.model, **self._optimizer_settings())
+
+    def _optimizer_settings(self) -> dict[str, Any]:
+        recipe = self.recipe.optimizer
+        settings = {key: getattr(recipe, key) for key in ("kind", "momentum", "betas", "weight_decay")}
+        return {"lr": recipe.learning_rate, **settings}
 
     def _clip_gradients(self, clip_norm: float) -> Tensor:
         """Scale all gradients so that their common norm is at most `clip_norm`; return what it was, fp32, on the device."""
