@@ -109,6 +109,12 @@ def _load_kernels() -> None:
 
 
 @operation
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A projection: x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
+    return F.linear(x, weight, bias)
+
+
+@operation
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension: x (..., d), weight (d,) -> (..., d).
 

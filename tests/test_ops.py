@@ -107,6 +107,13 @@ class Numbers:
         return ids.masked_fill(torch.arange(t) >= t - padding, -1)
 
 
+def linear_case(numbers: Numbers) -> tuple:
+    leading = numbers.draw(st.lists(st.integers(0, 5), max_size=3))
+    inside, outside = numbers.size(1, 20), numbers.size(1, 40)
+    bias = numbers.variable(outside) if numbers.draw(st.booleans(), label="bias") else None
+    return numbers.variable(*leading, inside), numbers.weight(outside, inside), bias
+
+
 def rms_norm_case(numbers: Numbers) -> tuple:
     leading = numbers.draw(st.lists(st.integers(0, 5), max_size=3))
     d = numbers.size(2, 40)
@@ -390,7 +397,7 @@ def test_an_unknown_gear_is_refused_and_the_known_ones_named():
 
 
 def test_an_unknown_operation_is_refused_and_the_known_ones_named():
-    with pytest.raises(ValueError, match="'layer_norm' is not defined; operations are rms_norm, "):
+    with pytest.raises(ValueError, match="'layer_norm' is not defined; operations are linear, rms_norm, "):
         ops.register("layer_norm", "torch")
 
 
