@@ -286,7 +286,7 @@ class DecoderLayer(nn.Module):
         x = self.post_attention_layernorm(h)
         if not self.is_moe:
             return h + self.mlp(x), None
-        out, statistics = self.mlp(x, real)
+        out, statistics = self.mlp(x, real, counted=cache is None)
         return h + out, statistics
 
 
@@ -432,6 +432,22 @@ class GLM(nn.Module):
             mtp_logits = self.lm_head(mtp_hidden)
         return GLMOutput(self.lm_head(hidden), hidden, mtp_logits)
 
+    def step(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor | None]:
+        """What an engine asks of the trunk: input_ids (b, t) int64 continue what `cache` holds. -> the states after the final
+        norm (b, t, h), for `lm_head`; the experts of each token (MoE layers, b * t, K) int64, None without MoE layers."""
+        hidden, statistics = self._run_trunk(input_ids, None, cache)
+        return hidden, torch.stack([s.experts for s in statistics]) if statistics else None
+
+    def mtp_step(self, hidden: Tensor, next_ids: Tensor, cache: Cache) -> Tensor:
+        """The same for the MTP layer: hidden (b, t, h), the trunk's states or, for drafts beyond the first, what this method
+        returned; next_ids (b, t) int64, the tokens after each. -> normed states (b, t, h): their logits are of the token
+        after that. The layer's entries of `cache` have the positions of `next_ids`."""
+        x = self.mtp.combine(self.model.embed_tokens(next_ids), hidden)
+        t = x.shape[1]
+        h, _ = self.mtp.layer(x, Rotary.at(cache.begin(t), self.config), None, None, cache)
+        cache.end(t)
+        return self.mtp.shared_head.norm(h)
+
     def loss(
         self,
         input_ids: Tensor,
@@ -525,13 +541,9 @@ class GLM(nn.Module):
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """-> the states after the final norm (b, t, h), and the statistics of the MoE layers."""
         h = self.model.embed_tokens(input_ids)
-        start, t = (0 if cache is None else cache.length), input_ids.shape[1]
-        positions = torch.arange(start, start + t, device=h.device)
-        rotary = Rotary.at(positions, self.config)
+        t = input_ids.shape[1]
+        rotary = Rotary.at(torch.arange(t, device=h.device) if cache is None else cache.begin(t), self.config)
         visible = None if document_ids is None else ops.document_mask(document_ids)
-        if cache is not None and t > 1:  # several queries behind the cached keys: causal from the position of each
-            keys = torch.arange(start + t, device=h.device)
-            visible = rearrange(positions[:, None] >= keys, "t s -> 1 1 t s")
         real = None if document_ids is None else document_ids >= 0
         statistics = []
         for layer in self.model.layers:
@@ -539,7 +551,7 @@ class GLM(nn.Module):
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         if cache is not None:
-            cache.length += t
+            cache.end(t)
         return self.model.norm(h), statistics
 
     def _run_mtp(
