@@ -175,8 +175,7 @@ class Router(nn.Module):
 
     def forward(self, x_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, H) -> the chosen experts (N, K) int64, their weights (N, K) fp32, all scores (N, E) fp32."""
-        with torch.autocast(x_NH.device.type, enabled=False):
-            scores_NE = torch.sigmoid(ops.linear(x_NH.float(), self.weight.float()))
+        scores_NE = ops.router_scores(x_NH, self.weight)
         experts_NK = self.choose(scores_NE.detach())
         weights_NK = scores_NE.gather(1, experts_NK)  # without the bias: it chooses and never weighs
         if self.config.norm_topk_prob:
