@@ -554,7 +554,8 @@ def _schema_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> tuple
         types = next((inner(part) for part in _schemas(parts) if _says_type(part)), ("string",))
     elif "const" in schema or "enum" in schema:
         values = [schema["const"]] if "const" in schema else _schemas(schema["enum"])
-        types = [_type_of(value) for value in values]
+        # Any text is a string, so the others are tried first.
+        types = sorted((_type_of(value) for value in values), key=lambda kind: kind == "string")
     else:
         types = ["string"]
     if schema.get("nullable") is True:
@@ -891,3 +892,122 @@ class StreamParser:
             self._deltas[-1] = replace(last, json_fragment=last.json_fragment + delta.json_fragment)
         else:
             self._deltas.append(delta)
+
+
+# ------------------------------------------------------------------------------------------------------ text to be had
+
+
+def tool_grammar(
+    tools: Sequence[Mapping[str, Any]] | None,
+    tool_choice: str | Mapping[str, Any] = "auto",
+    enable_thinking: bool | None = None,
+    parallel_calls: bool = True,
+) -> str | None:
+    r"""A grammar of the turns that the model may write, so that every call in them can be read and fits its tool.
+
+    It is llguidance's dialect of Lark, for `LLMatcher`, with its nested `%json` for values that are JSON. `<think>` and
+    the like without quotes are special tokens, so the matcher's tokenizer must know each of `Tokenizer.special_ids` as
+    special. It ends in the token that ends the turn: `<|observation|>` after calls, else `<|user|>` or `<|endoftext|>`;
+    no other token may end it.
+
+    The turn has the template's bytes. Arguments come in the schema's order, those that are required always, no other
+    ones (any, if the schema has no properties, but `additionalProperties`). Enforced are types, `enum` and `const`, and
+    what llguidance knows of the schema of numbers, arrays and objects; of strings neither pattern nor length. A string
+    within an array or object may hold `</arg_value>`, which the parser then reports.
+
+    Args:
+        tools: as for `render`.
+        tool_choice: "auto": calls or none. "required": thinking, then at least one call. `{"name": ...}`, or OpenAI's
+            `{"type": "function", "function": {"name": ...}}`: thinking, then one call of this tool. "none": no call.
+        enable_thinking: False where the prompt already holds the empty thinking; else the model may think first.
+        parallel_calls: whether there may be several calls.
+
+    Returns:
+        None if there are no tools: nothing to constrain.
+
+    Raises:
+        ChatError: unfit tools; a choice of a tool that is not there; an unknown choice.
+    """
+    known = signatures(tools)
+    names, at_least_one = _chosen(known, tool_choice)
+    if not known:
+        return None
+    lines = [
+        "THOUGHT: " + _text_without("</think>"),
+        "CONTENT: " + _text_without("<tool_call>"),
+        "PRELUDE: /(?s:.*)\\n/ & " + _not_holding("<tool_call>"),
+        "KEY: " + _text_without("</arg_key>"),
+        "VALUE: " + _text_without("</arg_value>"),
+        'thinking: "\\n" <think> THOUGHT? </think>',
+        "answer: CONTENT? (<|user|> | <|endoftext|>)",
+    ]
+    first = "thinking? " if enable_thinking is not False else ""
+    if not names:
+        return "\n".join([f"start: {first}answer", *lines]) + "\n"
+    several = parallel_calls and not isinstance(tool_choice, Mapping)
+    calls = 'call ("\\n" call)* <|observation|>' if several else "call <|observation|>"
+    start = f'{first}"\\n" {calls}' if at_least_one else f"{first}(answer | PRELUDE {calls})"
+    lines += ["call: " + " | ".join(f"call_{number}" for number in range(len(names)))]
+    for number, name in enumerate(names):
+        arguments = "".join(f" {argument}" for argument in _argument_rules(known[name]))
+        lines += [f"call_{number}: <tool_call> {_literal(name + chr(10))}{arguments} </tool_call>"]
+    return "\n".join([f"start: {start}", *lines]) + "\n"
+
+
+def _chosen(known: Mapping[str, Signature], tool_choice: str | Mapping[str, Any]) -> tuple[list[str], bool]:
+    """The tools that may be called, and whether one must be."""
+    if tool_choice in ("auto", "none"):
+        return list(known) if tool_choice == "auto" else [], False
+    if tool_choice == "required":
+        if not known:
+            raise ChatError('tool_choice is "required" and there are no tools; wanted some', key="tool_choice")
+        return list(known), True
+    function = tool_choice.get("function", tool_choice) if isinstance(tool_choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str):
+        wanted = '"auto", "none", "required" or {"type": "function", "function": {"name": ...}}'
+        raise ChatError(f"tool_choice is {tool_choice!r:.100}; wanted {wanted}", key="tool_choice")
+    if name not in known:
+        raise ChatError(f"tool_choice names {name!r:.100}; wanted one of {sorted(known)}", key="tool_choice")
+    return [name], True
+
+
+def _argument_rules(signature: Signature) -> Iterator[str]:
+    parameters = signature.parameters
+    properties = parameters.get("properties") or {}
+    for name, schema in properties.items():
+        value = _value_rule(schema, parameters, signature.types[name])
+        rule = f'<arg_key> {_literal(_escape(name, "arg_key"))} </arg_key> "\\n" <arg_value> {value} </arg_value> "\\n"'
+        yield rule if name in parameters.get("required", ()) else f"({rule})?"
+    others = parameters.get("additionalProperties", False)
+    if not properties and others is not False:
+        value = _value_rule(others, parameters, signature.other)
+        yield f'(<arg_key> KEY </arg_key> "\\n" <arg_value> {value} </arg_value> "\\n")*'
+
+
+def _value_rule(schema: Any, root: Mapping[str, Any], types: tuple[str, ...]) -> str:
+    if isinstance(schema, Mapping) and "$ref" in schema:
+        return _value_rule(_referred(schema["$ref"], root), root, types)
+    if isinstance(schema, Mapping) and ("const" in schema or "enum" in schema):
+        values = [schema["const"]] if "const" in schema else _schemas(schema["enum"])
+        texts = dict.fromkeys(value if isinstance(value, str) else _dump_json(value) for value in values)
+        literals = " | ".join(_literal(_escape(text, "arg_value")) for text in texts if text)
+        return (f"({literals})" if literals else '""') + ("?" if literals and "" in texts else "")
+    if "string" in types:
+        return "VALUE?"
+    definitions = {key: root[key] for key in ("$defs", "definitions") if key in root}
+    alternatives = {"anyOf": [schema, {"type": "null"}]} if schema.get("nullable") is True else dict(schema)
+    as_rendered = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    return "%json " + _dump_json({**definitions, **alternatives, "x-guidance": as_rendered})
+
+
+def _literal(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _text_without(tag: str) -> str:
+    return "/(?s:.+)/ & " + _not_holding(tag)
+
+
+def _not_holding(tag: str) -> str:
+    return "~/(?s:.*)" + tag.replace("/", r"\/") + "(?s:.*)/"
