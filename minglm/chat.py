@@ -619,8 +619,9 @@ def parse(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> dict[s
     """An assistant's turn as a message: role, reasoning_content, content and tool_calls.
 
     Args:
-        text: the turn, without the token that ends it. `<|assistant|>` before it is passed over; so is a whole
-            conversation (what begins with `[gMASK]<sop>`) up to the last `<|assistant|>`.
+        text: the turn, without the token that ends it. `<|assistant|>` before it is passed over, and so is
+            `[gMASK]<sop><|assistant|>`; of any other conversation that begins with `[gMASK]<sop>`, what stands before
+            the last `<|assistant|>`.
         tools: whose schemas type the arguments. The name of a call need not be among them.
 
     Returns:
@@ -632,7 +633,9 @@ def parse(text: str, tools: Sequence[Mapping[str, Any]] | None = None) -> dict[s
         ChatError: a call that is malformed, or an argument that is not of its type, with `position`.
     """
     start = 0
-    if text.startswith("[gMASK]<sop>"):
+    if text.startswith("[gMASK]<sop><|assistant|>"):  # one turn alone, which may hold the mark as text
+        start = len("[gMASK]<sop>")
+    elif text.startswith("[gMASK]<sop>"):
         start = text.rfind("<|assistant|>")
         if start < 0:
             raise ChatError("the conversation has no <|assistant|>; wanted one with an assistant's turn", position=len(text))
