@@ -53,8 +53,18 @@ class Rotary(NamedTuple):
     @classmethod
     def at(cls, positions: Tensor, config: GLMConfig) -> "Rotary":
         """positions (t,) int. The inverse frequencies are spread over the *rotated* part of a head."""
-        exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
-        angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)
+        return cls.turned(positions, cls.inverse_frequencies(config, positions.device))
+
+    @staticmethod
+    def inverse_frequencies(config: GLMConfig, device: torch.device) -> Tensor:
+        """fp32 (rotary_dim / 2,)."""
+        exponents = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
+        return 1.0 / config.rope_theta**exponents
+
+    @classmethod
+    def turned(cls, positions: Tensor, inverse_frequencies: Tensor) -> "Rotary":
+        """The same from frequencies that are kept: a decoding step would spend as long on them as on a layer's attention."""
+        angles = positions.float()[:, None] * inverse_frequencies
         return cls(angles.cos(), angles.sin())
 
 
@@ -64,8 +74,8 @@ class Cache(Protocol):
     A pass over t new tokens calls `begin(t)` first, then `attend` for each layer, then `end(t)`.
     """
 
-    def begin(self, t: int) -> Tensor:
-        """-> the positions of the new tokens, (t,) int64, the same for each row of the batch."""
+    def begin(self, t: int) -> Rotary:
+        """-> the angles at the positions of the new tokens, the same for each row of the batch."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep k and v (b, t, kv_heads, d) of the new tokens; -> the attention of q (b, t, heads, d), in q's shape."""
@@ -82,12 +92,13 @@ class KVCache:
     """
 
     def __init__(self, config: GLMConfig, batch: int, max_length: int, device=None, dtype: torch.dtype = torch.float32):
+        self.config = config
         shape = (config.num_hidden_layers, batch, max_length, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def begin(self, t: int) -> Tensor:
+    def begin(self, t: int) -> Rotary:
         end = self.length + t
         if end > self.keys.shape[2]:
             raise ValueError(f"the KV cache holds {self.keys.shape[2]} tokens; position {end - 1} does not fit")
@@ -95,7 +106,7 @@ class KVCache:
         # Several queries behind the cached keys: causal from the position of each. One sees all there is.
         keys = torch.arange(end, device=self.keys.device)
         self.visible = rearrange(positions[:, None] >= keys, "t s -> 1 1 t s") if t > 1 else None
-        return positions
+        return Rotary.at(positions, self.config)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         end = self.length + q.shape[1]
@@ -125,13 +136,13 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = (
-            rearrange(project(x), "b t (heads d) -> b t heads d", d=self.head_dim)
+            project(x).unflatten(-1, (-1, self.head_dim))  # (b, t, heads, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q = ops.rotary(self.q_norm(q), *rotary)
         k = ops.rotary(self.k_norm(k), *rotary)
         out = ops.attention(q, k, v, visible) if cache is None else cache.attend(layer, q, k, v)
-        return self.o_proj(rearrange(out, "b t heads d -> b t (heads d)"))
+        return self.o_proj(out.flatten(2))  # (b, t, heads * d)
 
 
 class MLP(nn.Module):
@@ -249,10 +260,10 @@ class MoE(nn.Module):
         """x (b, t, H), real (b, t) bool, False at padding (None: no padding) -> (b, t, H) and the statistics, those for
         training only if `counted`."""
         b, t, _ = x.shape
-        x_NH = rearrange(x, "b t h -> (b t) h")
+        x_NH = x.flatten(0, 1)
         experts_NK, weights_NK, scores_NE = self.gate(x_NH)
         routed_NH = self.dispatcher(self.experts, x_NH, experts_NK, weights_NK)
-        out = rearrange(routed_NH, "(b t) h -> b t h", b=b) + self.shared_experts(x)
+        out = routed_NH.view_as(x) + self.shared_experts(x)
         if not counted:
             return out, RouterStatistics(experts_NK, None, None)
 
@@ -443,7 +454,7 @@ class GLM(nn.Module):
         after that. The layer's entries of `cache` have the positions of `next_ids`."""
         x = self.mtp.combine(self.model.embed_tokens(next_ids), hidden)
         t = x.shape[1]
-        h, _ = self.mtp.layer(x, Rotary.at(cache.begin(t), self.config), None, None, cache)
+        h, _ = self.mtp.layer(x, cache.begin(t), None, None, cache)
         cache.end(t)
         return self.mtp.shared_head.norm(h)
 
@@ -541,7 +552,7 @@ class GLM(nn.Module):
         """-> the states after the final norm (b, t, h), and the statistics of the MoE layers."""
         h = self.model.embed_tokens(input_ids)
         t = input_ids.shape[1]
-        rotary = Rotary.at(torch.arange(t, device=h.device) if cache is None else cache.begin(t), self.config)
+        rotary = Rotary.at(torch.arange(t, device=h.device), self.config) if cache is None else cache.begin(t)
         visible = None if document_ids is None else ops.document_mask(document_ids)
         real = None if document_ids is None else document_ids >= 0
         statistics = []

@@ -4,7 +4,8 @@ Every operation below is *defined* by its naive form: a few lines of plain PyTor
 gear replaces an operation behind the same signature: `torch` (PyTorch's fused operations and hand-written backward
 passes, the default) and `triton` (the kernels in `kernels/`, which register themselves here). An operation that a gear
 lacks falls back to the gear before it. The model calls `ops.rms_norm(...)` and never knows. The gear `exact`
-(`minglm/exact.py`) is not about speed: it gives a token the same bits in any batch. Nothing falls back from it.
+(`minglm/exact.py`) is not about speed: it gives a token the same bits in any batch. Nothing falls back from it. The gear
+`inference` (`minglm/inference.py`) is the engine's form of `torch`: small batches on a CPU, and no gradients.
 
 Shapes: b batch, t sequence, n = b * t tokens, h hidden, k experts per token, r = n * k rows, one for each token and
 expert of it, e experts, i width of an expert, v vocabulary.
@@ -22,9 +23,15 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-GEARS = ("naive", "torch", "triton", "exact")
+GEARS = ("naive", "torch", "triton", "exact", "inference")
 # Where each gear looks for an operation. What is not exact must not run there unseen.
-FALLBACKS = {"naive": ("naive",), "torch": ("torch", "naive"), "triton": ("triton", "torch", "naive"), "exact": ("exact",)}
+FALLBACKS = {
+    "naive": ("naive",),
+    "torch": ("torch", "naive"),
+    "triton": ("triton", "torch", "naive"),
+    "exact": ("exact",),
+    "inference": ("inference", "torch", "naive"),
+}
 
 FUSED_BY_COMPILER = ("rms_norm", "rotary", "swiglu")
 
@@ -89,7 +96,7 @@ def register(name: str, gear: str) -> Callable:
 
 @contextlib.contextmanager
 def using(gear: str) -> Iterator[None]:
-    """Run everything inside in `gear`: "naive", "torch", "triton" or "exact". Process-wide, not per thread.
+    """Run everything inside in `gear`: "naive", "torch", "triton", "exact" or "inference". Process-wide, not per thread.
 
     Raises `GearError` for a gear that does not exist or whose packages are not installed.
     """
@@ -97,8 +104,8 @@ def using(gear: str) -> Iterator[None]:
     _check_gear(gear)
     if gear == "triton":
         _load_kernels()
-    elif gear == "exact":
-        importlib.import_module("minglm.exact")  # by name, at run time: it is built on this module
+    elif gear in ("exact", "inference"):
+        importlib.import_module(f"minglm.{gear}")  # by name, at run time: they are built on this module
     before, _gear = _gear, gear
     try:
         yield

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from minglm import ops
 from minglm.config import GLMConfig
+from minglm.model import Rotary
 
 
 class PagedCache:
@@ -40,6 +41,7 @@ class PagedCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.hidden = torch.zeros(shape[1], config.hidden_size, device=device, dtype=dtype) if with_mtp else None
+        self.inverse_frequencies = Rotary.inverse_frequencies(config, device)
         self.block_size = block_size
         self.table = np.zeros((rows, num_blocks), dtype=np.int64)
 
@@ -118,8 +120,8 @@ class CacheView:
         """Whether the sequence of the last length (they ascend) should join those before it."""
         return lengths[0] * 2 >= lengths[-1] or (lengths[-1] - lengths[:-1]).sum() <= 64
 
-    def begin(self, t: int) -> Tensor:
-        return self._tensor(self.positions)
+    def begin(self, t: int) -> Rotary:
+        return Rotary.turned(self._tensor(self.positions), self.cache.inverse_frequencies)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]

@@ -79,7 +79,8 @@ class Engine:
         for name, value in {**sizes, "num_blocks": 1 if num_blocks is None else num_blocks}.items():
             if value < 1:
                 raise ValueError(f"{name} = {value}: wanted 1 or more")
-        self.model, self.tokenizer, self.gear, self.draft_tokens = model, tokenizer, gear, draft_tokens
+        self.model, self.tokenizer, self.draft_tokens = model, tokenizer, draft_tokens
+        self.gear = "inference" if gear == "torch" else gear
         config, weight = model.config, model.lm_head.weight
         self.device, dtype = weight.device, dtype or weight.dtype
         self.vocab_size = min(config.vocab_size, tokenizer.vocab_size if tokenizer else config.vocab_size)
@@ -137,8 +138,8 @@ class Engine:
         capacity = len(self.blocks.users) * self.blocks.block_size
         if tokens > capacity:
             raise ValueError(
-                f"{len(prompt_ids)} prompt tokens and max_tokens = {params.max_tokens} need {tokens} places in the cache, which "
-                f"holds {capacity}; shorten the prompt, ask for fewer tokens, or give the engine more blocks"
+                f"{len(prompt_ids)} prompt tokens and max_tokens = {params.max_tokens} need {tokens} places in the cache, "
+                f"which holds {capacity}; shorten the prompt, ask for fewer tokens, or give the engine more blocks"
             )
         needs_tokenizer = {
             "stop": params.stop,
