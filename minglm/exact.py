@@ -83,12 +83,12 @@ def _whole(x: Tensor, *multiples: int) -> Tensor:
     return x if x.data_ptr() % 64 == 0 else x.clone()  # fp64 products depend on it
 
 
-def _products(tiles: Tensor, matrix: Tensor) -> Tensor:
-    """Each tile times one matrix: tiles (n, ROWS, in), matrix (in, out) -> (n, ROWS, out)."""
+def _products(tiles: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """Each tile times one matrix: tiles (n, ROWS, in), matrix (in, out) -> (n, ROWS, out), written into `out` if given."""
     if tiles.device.type == "cpu":
-        return torch.bmm(tiles, matrix.expand(len(tiles), -1, -1))
+        return torch.bmm(tiles, matrix.expand(len(tiles), -1, -1), out=out)
     # A GPU's library chooses the kernel of a batched product by the size of the batch.
-    out = tiles.new_empty(*tiles.shape[:2], matrix.shape[1])
+    out = tiles.new_empty(*tiles.shape[:2], matrix.shape[1]) if out is None else out
     for tile, slot in zip(tiles, out, strict=True):
         torch.mm(tile, matrix, out=slot)
     return out
@@ -204,7 +204,7 @@ def _blockwise(rows: Tensor, matrices: Tensor) -> Tensor:
     out = rows.new_empty(*rows.shape[:-1], matrices.shape[-1])
     for pair in range(pairs):
         for block in range(blocks):
-            out[pair, block] = _products(rows[pair, block], matrices[pair, block])
+            _products(rows[pair, block], matrices[pair, block], out[pair, block])
     return out
 
 
@@ -223,20 +223,35 @@ def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def _routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Rows sorted by expert, each expert's rows in tiles of their own."""
     x, gate_up, down = ops.in_autocast_dtype(x, gate_up, down)
-    k = experts.shape[1]
+    (n, h), k, width = x.shape, experts.shape[1], down.shape[2]
     slot_of_row, row_of_slot, ends = ops.sort_by_expert(experts, gate_up.shape[0])
-    rows = x.new_empty(len(slot_of_row), x.shape[1])
-    start = 0
-    for end, w_in, w_out in zip(ends.tolist(), gate_up.unbind(), down.unbind(), strict=True):
+    counts = ends.diff(prepend=ends.new_zeros(1))
+    last_tiles = ((counts + ROWS - 1) // ROWS).cumsum(0)
+    # Where each row stands among the tiles: behind the padding of all experts before its own.
+    padding = (last_tiles * ROWS - ends).roll(1).index_fill_(0, ends.new_zeros(1), 0)
+    place = torch.arange(n * k, device=x.device) + padding.repeat_interleave(counts, output_size=n * k)
+    last_tiles = last_tiles.tolist()
+    rows = x.new_zeros(last_tiles[-1] * ROWS, h + -h % 16)
+    rows[place, :h] = x[slot_of_row // k]
+    weight_of_row = x.new_zeros(len(rows), 1)
+    weight_of_row[place, 0] = weights.to(x.dtype).flatten()[slot_of_row]
+
+    hidden = _grouped(rows, gate_up, last_tiles)
+    act = _silu(hidden[:, :width]).mul_(hidden[:, width : 2 * width]).mul_(weight_of_row)
+    rows = _grouped(_whole(act, 16), down, last_tiles)
+    # A bag of embeddings adds a token's rows in their order.
+    return F.embedding_bag(place[row_of_slot], rows, mode="sum")[:, :h]
+
+
+def _grouped(rows: Tensor, matrices: Tensor, last_tiles: list[int]) -> Tensor:
+    """Each expert's tiles times its matrix: rows (tiles * ROWS, in), matrices (e, out, in) -> (tiles * ROWS, out), padded."""
+    tiles = rows.view(-1, ROWS, rows.shape[1])
+    matrices = _whole(matrices, 16, 16)
+    out = rows.new_empty(*tiles.shape[:2], matrices.shape[1])
+    for start, end, matrix in zip([0, *last_tiles], last_tiles, matrices.unbind(), strict=False):
         if start < end:
-            gate, up = _project(x[slot_of_row[start:end] // k], w_in).chunk(2, dim=-1)
-            rows[start:end] = _project(_silu(gate) * up, w_out)
-        start = end
-    weights = weights.to(x.dtype)
-    out = torch.zeros_like(x)
-    for slot in range(k):
-        out += rows[row_of_slot[:, slot]] * weights[:, slot, None]
-    return out
+            _products(tiles[start:end], matrix.t(), out[start:end])
+    return out.flatten(0, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- the head and loss

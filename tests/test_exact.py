@@ -248,20 +248,17 @@ def gaps(model: GLM, gear: str) -> dict[str, float]:
     """Largest absolute difference of logits between one pass over a batch and other ways to the same tokens."""
     ids = tokens(model, 2, 100)
     with torch.no_grad(), ops.using(gear):
-        whole = model(ids)
+        whole, head = model(ids), model.lm_head.weight
+        rows = list(zip(whole.hidden_states[0], ids[1], strict=True))
         others = {
             "alone": torch.cat([model(row[None]).logits for row in ids]),
             "decoded": torch.cat([in_chunks(model, row[None], [1] * 100) for row in ids]),
             "chunks": in_chunks(model, ids, [3, 50, 47]),
-            # What hides in single rows of the head.
-            "log-probabilities": torch.cat([_last_log_probs(whole.hidden_states[i : i + 1], model, ids) for i in range(4)]),
+            "log-probabilities": torch.cat([ops.token_log_probs(row[None], head, id[None]) for row, id in rows]),
         }
-        wanted = {**dict.fromkeys(others, whole.logits), "log-probabilities": _last_log_probs(whole.hidden_states, model, ids)}
+        wanted = dict.fromkeys(others, whole.logits)
+        wanted["log-probabilities"] = ops.token_log_probs(whole.hidden_states[0], head, ids[1])
     return {name: (other - wanted[name]).abs().max().item() for name, other in others.items()}
-
-
-def _last_log_probs(hidden: Tensor, model: GLM, ids: Tensor) -> Tensor:
-    return ops.token_log_probs(hidden[:, -1], model.lm_head.weight, ids[: len(hidden), 0] * 0)
 
 
 def nano() -> GLM:
@@ -314,15 +311,18 @@ class Recorder(TorchDispatchMode):
 # What may run: moves of numbers; arithmetic that IEEE 754 defines to the bit; functions that PyTorch computes alike
 # everywhere in a vector (tried below); whole numbers; sums and choices that each stay within one row, and products.
 MOVES = (
-    "_to_copy _unsafe_view alias cat clone constant_pad_nd copy_ detach embedding empty_like expand gather index masked_fill_"
-    " new_empty new_zeros permute select slice split split_with_sizes t transpose unbind unsqueeze view zeros zeros_like"
+    "_to_copy _unsafe_view alias cat clone constant_pad_nd copy_ detach embedding empty_like expand gather index"
+    " index_fill_ index_select masked_fill_ new_empty new_zeros permute repeat_interleave roll select slice split"
+    " split_with_sizes t transpose unbind unsqueeze view zeros zeros_like"
 )
-IEEE = "add add_ clamp div mul neg pow reciprocal sub sub_"  # pow: squares, and RoPE's frequencies, always the same ones
+# pow: squares, and RoPE's frequencies, always the same ones.
+IEEE = "add add_ clamp div mul mul_ neg pow reciprocal sub sub_"
 SAME_EVERYWHERE = ("exp", "exp_", "rsqrt", "cos", "sin")
 WHOLE_NUMBERS = (
-    "_local_scalar_dense aminmax any arange bitwise_not floor_divide ge index_put_ lt nonzero promote_types searchsorted sort"
+    "_local_scalar_dense aminmax any arange bitwise_not cumsum floor_divide ge index_put_ lt nonzero promote_types"
+    " searchsorted sort"
 )
-WITHIN_ROWS = "amax topk sum mean _log_softmax bmm"
+WITHIN_ROWS = "_embedding_bag_forward_only _log_softmax amax bmm mean sum topk"
 KNOWN = {*MOVES.split(), *IEEE.split(), *SAME_EVERYWHERE, *WHOLE_NUMBERS.split(), *WITHIN_ROWS.split()}
 
 
