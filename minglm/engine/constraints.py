@@ -1,30 +1,25 @@
 """What a request may write next: a budget for thinking, and a grammar.
 
 Both look at ids alone, never at text: what a user types cannot become `<think>` or `</think>`, so it can neither open nor
-close the thinking (sglang#33146). Both can be rolled back, which speculative decoding needs: drafts are constrained, too,
-and some of them are then taken back.
+close the thinking (sglang#33146). Both can be forked, which speculative decoding needs: drafts are constrained, too, and
+some of them do not hold.
 """
 
-from typing import NamedTuple
+import copy
 
 from torch import Tensor
 
 from minglm.engine.grammar import Matcher
 
 
-class _Thinking(NamedTuple):
-    is_open: bool
-    used: int  # tokens of thinking so far, tags left out
-
-
 class ThinkingBudget:
     """After `budget` tokens of thinking in this answer, the next token is `</think>`, and thinking opened again is closed
-    at once."""
+    at once. Tags are not counted."""
 
     def __init__(self, budget: int, prompt_ids: list[int], special_ids: dict[str, int]):
-        self.budget = budget
+        self.left = budget
         self.open_id, self.close_id = special_ids["<think>"], special_ids["</think>"]
-        self._states = [_Thinking(self._opened_by(prompt_ids, special_ids.get("<|assistant|>")), 0)]
+        self.is_open = self._opened_by(prompt_ids, special_ids.get("<|assistant|>"))
 
     def _opened_by(self, prompt_ids: list[int], assistant_id: int | None) -> bool:
         """Whether the prompt ends inside the thinking of the turn that the model is to go on with."""
@@ -37,22 +32,13 @@ class ThinkingBudget:
 
     @property
     def must_close(self) -> bool:
-        state = self._states[-1]
-        return state.is_open and state.used >= self.budget
+        return self.is_open and self.left <= 0
 
     def advance(self, id: int) -> None:
-        is_open, used = self._states[-1]
-        if id == self.open_id:
-            state = _Thinking(True, used)
-        elif id == self.close_id:
-            state = _Thinking(False, used)
+        if id in (self.open_id, self.close_id):
+            self.is_open = id == self.open_id
         else:
-            state = _Thinking(is_open, used + is_open)
-        self._states.append(state)
-
-    def rollback(self, count: int) -> None:
-        if count:
-            del self._states[-count:]
+            self.left -= self.is_open
 
 
 class Constraint:
@@ -60,6 +46,10 @@ class Constraint:
 
     def __init__(self, thinking: ThinkingBudget | None, matcher: Matcher | None):
         self.thinking, self.matcher = thinking, matcher
+
+    def fork(self) -> "Constraint":
+        """The same place, to try something."""
+        return Constraint(copy.copy(self.thinking), None if self.matcher is None else self.matcher.fork())
 
     def hide(self, logits: Tensor) -> None:
         """Put -inf where a token may not follow: logits (v,), in place."""
@@ -77,10 +67,3 @@ class Constraint:
             self.thinking.advance(id)
         if self.matcher is not None:
             self.matcher.advance(id)
-
-    def rollback(self, count: int) -> None:
-        """Take the last `count` ids back."""
-        if self.thinking is not None:
-            self.thinking.rollback(count)
-        if self.matcher is not None:
-            self.matcher.rollback(count)

@@ -324,11 +324,11 @@ class Engine:
         row = 0
         for sequence, _, drafts, _ in items:
             if sequence.constraint is not None:
-                sequence.constraint.hide(allowed[row])
+                constraint = sequence.constraint.fork() if drafts else sequence.constraint
+                constraint.hide(allowed[row])
                 for i in range(drafts):
-                    sequence.constraint.advance(proposals.drafts[sequence.request_id][i])
-                    sequence.constraint.hide(allowed[row + i + 1])
-                sequence.constraint.rollback(drafts)
+                    constraint.advance(proposals.drafts[sequence.request_id][i])
+                    constraint.hide(allowed[row + i + 1])
             row += drafts + 1
 
     def _advance(self, item: Scheduled, new: "NewTokens | None") -> RequestOutput:

@@ -49,35 +49,30 @@ class Matcher:
 
     def __init__(self, matcher, tokenizer: Tokenizer):
         self._matcher = matcher
-        self._vocab_size = tokenizer.vocab_size
-        self._ends = torch.tensor(tokenizer.end_of_turn_ids)
-        self._consumed: list[bool] = []  # of each id that came: False where the grammar was already complete
+        self._tokenizer = tokenizer
         self._bits = np.zeros((tokenizer.vocab_size + 31) // 32, dtype=np.int32)
+
+    def fork(self) -> "Matcher":
+        """The same place, to try something. (The library's own rollback fails behind a token that ends the answer.)"""
+        return Matcher(self._matcher.deep_copy(), self._tokenizer)
 
     def hide(self, logits: Tensor) -> None:
         """Put -inf where a token may not follow: logits (v,), in place."""
         if self._matcher.is_stopped():
-            kept = logits[self._ends.to(logits.device)]
-            logits.fill_(float("-inf"))
-            logits[self._ends.to(logits.device)] = kept
-            return
-        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: logits.shape[0]].astype(bool)
-        hidden = torch.from_numpy(~allowed).to(logits.device)
-        logits[: len(hidden)].masked_fill_(hidden, float("-inf"))
+            allowed = np.zeros(logits.shape[0], dtype=bool)
+            allowed[list(self._tokenizer.end_of_turn_ids)] = True
+        else:
+            self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+            allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: logits.shape[0]].astype(bool)
+        self._check()
+        logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), float("-inf"))
 
     def advance(self, id: int) -> None:
         """`id` follows. Raises RuntimeError for one that may not: `hide` was not obeyed."""
-        stopped = self._matcher.is_stopped()
-        if not stopped and not self._matcher.consume_token(id):
-            raise RuntimeError(f"id {id} does not fit the grammar: {self._matcher.get_error()}")
-        self._consumed.append(not stopped)
+        if not self._matcher.is_stopped():
+            self._matcher.consume_token(id)
+            self._check()
 
-    def rollback(self, count: int) -> None:
-        """Take the last `count` ids back."""
-        if count == 0:
-            return
-        consumed = sum(self._consumed[-count:])
-        del self._consumed[-count:]
-        if consumed and not self._matcher.rollback(consumed):
-            raise RuntimeError(f"the grammar cannot be rolled back: {self._matcher.get_error()}")
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise RuntimeError(f"the grammar's matcher has failed: {self._matcher.get_error()}")

@@ -125,7 +125,7 @@ def _nucleus(scaled: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tens
         probability = ordered.masked_fill(~stays, float("-inf")).softmax(-1)
         likelier = probability.cumsum(-1, dtype=torch.float64) - probability  # of all tokens before: 0 for the first
         stays = stays & (likelier < top_p)
-    last = stays.sum(-1, keepdim=True).clamp(min=1) - 1
+    last = stays.sum(-1, keepdim=True).clamp(min=1).expand(len(ordered), 1) - 1  # one row of settings may be for all
     return scaled.masked_fill(scaled < ordered.gather(-1, last), float("-inf"))
 
 
@@ -137,12 +137,13 @@ def draw(probabilities: Tensor, uniform: np.ndarray) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=probabilities.shape[-1] - 1)
 
 
-def uniforms(seeds: list[int], positions: list[int], purpose: int) -> np.ndarray:
-    """A number in [0, 1) for each (seed, position, purpose): (rows,) float64. Counter-based: SplitMix64 over a mix of the
-    three (Steele et al., 2014), whose outputs for neighbouring counters are independent for all practical tests."""
+def uniforms(seeds: list[int], positions: list[int], purpose: int | list[int]) -> np.ndarray:
+    """A number in [0, 1) for each (seed, position, purpose): (rows,) float64; one purpose for all, or one each.
+
+    Counter-based: SplitMix64 over a mix of the three (Steele et al., 2014), so that no draw waits for another."""
     with np.errstate(over="ignore"):
         x = _mix(np.array([seed & (2**64 - 1) for seed in seeds], dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-        counter = np.array(positions, dtype=np.uint64) * np.uint64(4) + np.uint64(purpose)
+        counter = np.array(positions, dtype=np.uint64) * np.uint64(4) + np.array(purpose, dtype=np.uint64)
         x = _mix(x + (counter + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
     return (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

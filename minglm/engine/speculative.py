@@ -30,6 +30,14 @@ class Proposals:
     drafts: dict[int, list[int]]
     distributions: dict[int, list[Tensor]] | None
 
+    def drawn_from(self, request_id: int, i: int, like: Tensor) -> Tensor:
+        """The distribution of draft i, in the form of `like` (v,)."""
+        if self.distributions is not None:
+            return self.distributions[request_id][i]
+        certain = torch.zeros_like(like)
+        certain[self.drafts[request_id][i]] = 1.0
+        return certain
+
 
 def propose(engine: Engine, scheduled: list[Scheduled]) -> Proposals:
     """Draft tokens for the sequences that want some. The layer first catches up with the tokens that were accepted."""
@@ -38,12 +46,13 @@ def propose(engine: Engine, scheduled: list[Scheduled]) -> Proposals:
     settings = Settings.of([sequence.params for sequence in sequences], engine.vocab_size, engine.device)
     hidden = _catch_up(engine, items, [len(sequence.ids) for sequence in sequences])
     found = Proposals({s.request_id: [] for s in sequences}, None if settings.greedy else {s.request_id: [] for s in sequences})
+    constraints = [None if s.constraint is None else s.constraint.fork() for s in sequences]
     for i in range(items[0].drafts):
         active = [item.sequence for item in items if item.drafts > i]  # the first ones: most drafts first
         logits = engine.model.lm_head(hidden[: len(active)])[:, : engine.vocab_size]
-        for row, sequence in zip(logits, active, strict=True):
-            if sequence.constraint is not None:
-                sequence.constraint.hide(row)
+        for row, constraint in zip(logits, constraints, strict=False):
+            if constraint is not None:
+                constraint.hide(row)
         if settings.greedy:
             ids = logits.argmax(-1)
         else:
@@ -53,14 +62,11 @@ def propose(engine: Engine, scheduled: list[Scheduled]) -> Proposals:
             found.drafts[sequence.request_id].append(id)
             if found.distributions is not None:
                 found.distributions[sequence.request_id].append(q[row])
-            if sequence.constraint is not None:
-                sequence.constraint.advance(id)
+            if constraints[row] is not None:
+                constraints[row].advance(id)
         going_on = [item.sequence for item in items if item.drafts > i + 1]
         if going_on:
             hidden = _again(engine, going_on, hidden, ids, i)
-    for item in items:
-        if item.sequence.constraint is not None:
-            item.sequence.constraint.rollback(item.drafts)
     return found
 
 
@@ -106,20 +112,22 @@ def verify(engine: Engine, items: list[Scheduled], logits: Tensor, settings: Set
 
     counts = torch.tensor([item.drafts + 1 for item in items], device=logits.device)
     p = distribution(logits, settings.repeat(counts))
-    held = _accepted(items, drafts, first_rows, p, proposals)
-    last = p[[row + n for row, n in zip(first_rows, held, strict=True)]]
-    purposes = []
-    for i, (item, n) in enumerate(zip(items, held, strict=True)):
-        rejected = n < item.drafts
-        purposes.append(RESIDUAL if rejected else DRAW)
-        if rejected:
-            residual = (last[i] - proposals.distributions[item.sequence.request_id][n]).clamp_(min=0)
-            # Where rounding alone made p and q differ, nothing may be left.
-            last[i] = torch.where(residual.sum() > 0, residual, last[i])
+    held = accepted(items, drafts, first_rows, p, proposals)
+    last = p[[row + n for row, n in zip(first_rows, held, strict=True)]]  # a copy
+    purposes = [RESIDUAL if n < item.drafts else DRAW for item, n in zip(items, held, strict=True)]
+    for row, item, n in zip(last, items, held, strict=True):
+        if n < item.drafts:
+            row.copy_(residual(row, proposals.drawn_from(item.sequence.request_id, n, row)))
     seeds = [item.sequence.seed for item in items]
     positions = [len(item.sequence.ids) + n for item, n in zip(items, held, strict=True)]
-    final = draw(last, np.concatenate([uniforms([s], [p], w) for s, p, w in zip(seeds, positions, purposes, strict=True)]))
+    final = draw(last, uniforms(seeds, positions, purposes))
     return [own[:n] + [id] for own, n, id in zip(drafts, held, final.tolist(), strict=True)]
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """What a rejected draft's place is drawn from: p and q (v,) -> max(0, p - q), not normalised."""
+    rest = (p - q).clamp_(min=0)
+    return torch.where(rest.sum() > 0, rest, p)  # p where rounding alone made them differ
 
 
 def _agree(drafts: list[int], likeliest: list[int]) -> int:
@@ -127,13 +135,13 @@ def _agree(drafts: list[int], likeliest: list[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(drafts, likeliest, strict=True)) if a != b), len(drafts))
 
 
-def _accepted(
+def accepted(
     items: list[Scheduled], drafts: list[list[int]], first_rows: list[int], p: Tensor, proposals: Proposals
 ) -> list[int]:
     """How many drafts of each item hold: each with probability min(1, p / q), none after the first that does not."""
     rows = [row + i for own, row in zip(drafts, first_rows, strict=True) for i in range(len(own))]
     ids = torch.tensor([id for own in drafts for id in own], device=p.device)
-    q = torch.stack([q for item in items if item.drafts for q in proposals.distributions[item.sequence.request_id]])
+    q = torch.stack([proposals.drawn_from(item.sequence.request_id, i, p[0]) for item in items for i in range(item.drafts)])
     seeds = [item.sequence.seed for item in items for _ in range(item.drafts)]
     positions = [len(item.sequence.ids) + i for item in items for i in range(item.drafts)]
     uniform = torch.from_numpy(uniforms(seeds, positions, ACCEPT)).to(p.device)
