@@ -915,8 +915,9 @@ def tool_grammar(
 
     The turn has the template's bytes. Arguments come in the schema's order, those that are required always, no other
     ones (any, if the schema has no properties, but `additionalProperties`). Enforced are types, `enum` and `const`, and
-    what llguidance knows of the schema of numbers, arrays and objects; of strings neither pattern nor length. A string
-    within an array or object may hold `</arg_value>`, which the parser then reports.
+    what llguidance knows of the schema of numbers, arrays and objects; of strings neither pattern nor length. Four things
+    it lets through that the parser then reports: a number beyond a float's range, a key twice, and within arrays and
+    objects strings that hold `</arg_value>` or half a surrogate pair.
 
     Args:
         tools: as for `render`.
