@@ -4,17 +4,22 @@ Each command is a dataclass here (tyro makes the options of it) with the functio
 those that compute, so that `--help` answers at once.
 """
 
+import os
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from minglm.config import ConfigError, GLMConfig
 from minglm.train.recipe import Recipe, find_config, load_recipe
+
+if TYPE_CHECKING:
+    from minglm.engine.engine import Engine
+    from minglm.tokenizer import Tokenizer
 
 PROGRAM = "python -m minglm"
 DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without a command: demo."
@@ -102,6 +107,59 @@ class Race:
 
 
 @dataclass(frozen=True)
+class Loading:
+    """Which model, and how the engine runs it."""
+
+    folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None
+    """A Hugging Face folder with its tokenizer: ours or published (by default the newest checkpoint of runs/demo)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps; bf16 where a GPU has it, fp32 elsewhere."""
+    draft_tokens: int = 0
+    """The MTP layer drafts so many tokens a step; the text stays the same."""
+    gear: Literal["torch", "exact", "naive"] = "torch"
+    """exact: a token's log-probability has the same bits in any company; slower."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk to a model here in the terminal. /help lists what else can be typed; Ctrl-C stops an answer, Ctrl-D leaves."""
+
+    loading: Annotated[Loading, arg(name="")]
+    temperature: float = 0.7
+    top_p: float = 1.0
+    max_tokens: int = 1024
+    """Of an answer, thinking included."""
+    thinking_budget: int | None = None
+    """Most tokens of thinking in an answer."""
+    seed: int | None = None
+    """For the same answers every time."""
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Serve a model over HTTP as OpenAI does, with a chat page at /. On this machine only, unless --host says otherwise."""
+
+    loading: Annotated[Loading, arg(name="")]
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for everyone who can reach this machine (then give an API key)."""
+    port: int = 8000
+    name: str | None = None
+    """What requests call the model (by default the folder's name)."""
+    api_key: str | None = None
+    """Asked of everyone; better given as the environment variable MINGLM_API_KEY, which other users cannot see."""
+    weights_token: str | None = None
+    """Turns on POST /v1/weights, for RL, and is asked there; also as MINGLM_WEIGHTS_TOKEN."""
+    max_running: int = 64
+    """Answers that are computed at a time; others wait."""
+    max_queue: int = 256
+    """Answers computed or waiting; more are refused (429)."""
+    max_context: int | None = None
+    """Tokens of prompt and answer (by default as many as model and cache can hold)."""
+    max_body_mb: float = 4.0
+    """Larger requests are refused (413)."""
+
+
+@dataclass(frozen=True)
 class Convert:
     """Read a Hugging Face folder of this architecture (published, FP8, ours) and write it anew, shard by shard."""
 
@@ -127,6 +185,8 @@ def main(arguments: list[str] | None = None) -> int:
             Params: run_params,
             Bench: run_bench,
             Race: run_race,
+            Chat: run_chat,
+            Serve: run_serve,
             Convert: run_convert,
         }
         return run[type(command)](command)
@@ -141,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Race | Convert:
+def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Race | Chat | Serve | Convert:
     """After `train RECIPE`, that recipe's values are the defaults of the options; in plain `train --help`, nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
@@ -152,6 +212,8 @@ def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Rac
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
         | Annotated[Race, subcommand("race")]
+        | Annotated[Chat, subcommand("chat")]
+        | Annotated[Serve, subcommand("serve")]
         | Annotated[Convert, subcommand("convert")]
     )
     command = tyro.cli(commands, prog=PROGRAM, description=DESCRIPTION, args=arguments)
@@ -201,6 +263,7 @@ made:
 to try next:
   {PROGRAM} train {run.config} --run-folder {folder}-adamw --optimizer.kind adamw
   {PROGRAM} train nano --data.path YOUR_TEXT --run-folder runs/own-text
+  {PROGRAM} chat {folder}
   {PROGRAM} params configs/model/glm-4.5.toml
   {PROGRAM} bench""")
     return 0
@@ -244,6 +307,88 @@ def run_race(command: Race) -> int:
     print("\n" + report(race(command.text, command.run_folder, command.seed)))
     print(f"\nmade: {command.run_folder / 'race.json'}, and our run folder around it")
     return 0
+
+
+def run_chat(command: Chat) -> int:
+    from minglm.engine.sampling import SamplingParams
+    from minglm.serve.app import context_of
+    from minglm.terminal import Terminal
+
+    folder = _find_checkpoint(command.loading.folder)
+    print(f"chat: {folder}; /help lists the commands\n")
+    engine, tokenizer = _load_engine(command.loading, folder, max_running=1)
+    try:
+        params = SamplingParams(
+            temperature=command.temperature,
+            top_p=command.top_p,
+            max_tokens=command.max_tokens,
+            seed=command.seed,
+            thinking_budget=command.thinking_budget,
+        )
+    except ValueError as error:
+        raise ConfigError(f"chat: {error}") from error
+    Terminal(engine, tokenizer, params, context_of(engine)).run()
+    return 0
+
+
+def run_serve(command: Serve) -> int:
+    from minglm.serve.app import Settings, build_app, is_local, run
+
+    folder = _find_checkpoint(command.loading.folder)
+    engine, tokenizer = _load_engine(command.loading, folder, command.max_running)
+    settings = Settings(
+        model_name=command.name or folder.resolve().name,
+        api_key=command.api_key or os.environ.get("MINGLM_API_KEY"),
+        weights_token=command.weights_token or os.environ.get("MINGLM_WEIGHTS_TOKEN"),
+        max_body_bytes=int(command.max_body_mb * 2**20),
+        max_queue=command.max_queue,
+        max_context=command.max_context,
+        local_only=is_local(command.host),
+    )
+    if not settings.local_only and settings.api_key is None:
+        print("serve: everyone who can reach this machine can use the model: there is no API key", file=sys.stderr)
+    host = f"[{command.host}]" if ":" in command.host else command.host
+    print(f"""serve: {folder} as {settings.model_name!r}; Ctrl-C stops
+
+  http://{host}:{command.port}/           to chat in a browser
+  http://{host}:{command.port}/v1         for OpenAI's clients (base_url)
+  http://{host}:{command.port}/metrics    for Prometheus
+""")
+    run(build_app(engine, tokenizer, settings), command.host, command.port)
+    return 0
+
+
+def _find_checkpoint(folder: Path | None) -> Path:
+    """The folder that was asked for; a run folder's newest checkpoint; else that of the demo."""
+    from minglm.train.run_folder import RunFolder
+
+    run = RunFolder(folder or Path("runs", "demo"))
+    if folder is not None and (folder / "config.json").is_file():
+        return folder
+    newest = run.newest_checkpoint()
+    if newest is None:
+        wanted = f"found no checkpoint in {run.path}; wanted a folder with config.json, or a run folder"
+        raise ConfigError(f"{wanted}; `{PROGRAM}` trains one in minutes" if folder is None else wanted)
+    return newest
+
+
+def _load_engine(loading: Loading, folder: Path, max_running: int) -> "tuple[Engine, Tokenizer]":
+    import torch
+
+    from minglm.checkpoint import load_model
+    from minglm.engine.engine import Engine
+    from minglm.tokenizer import Tokenizer
+    from minglm.train.device import choose_device
+    from minglm.train.recipe import Hardware
+
+    tokenizer = Tokenizer.from_pretrained(folder)
+    device = choose_device(Hardware(device=loading.device))
+    model = load_model(folder, torch.bfloat16 if device.bf16 else torch.float32, device.torch_device).eval()
+    try:
+        engine = Engine(model, tokenizer, max_running=max_running, draft_tokens=loading.draft_tokens, gear=loading.gear)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return engine, tokenizer
 
 
 def run_convert(command: Convert) -> int:

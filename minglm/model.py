@@ -14,7 +14,7 @@ per token, E experts, H hidden.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -23,6 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from minglm import ops
 from minglm.config import GLMConfig
+
+
+class Linear(nn.Linear):
+    """A projection whose product is an operation of `ops`, so that a gear can replace it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -46,31 +53,69 @@ class Rotary(NamedTuple):
     @classmethod
     def at(cls, positions: Tensor, config: GLMConfig) -> "Rotary":
         """positions (t,) int. The inverse frequencies are spread over the *rotated* part of a head."""
-        exponents = torch.arange(0, config.rotary_dim, 2, device=positions.device, dtype=torch.float32) / config.rotary_dim
-        angles = positions.float()[:, None] * (1.0 / config.rope_theta**exponents)
+        return cls.turned(positions, cls.inverse_frequencies(config, positions.device))
+
+    @staticmethod
+    def inverse_frequencies(config: GLMConfig, device: torch.device) -> Tensor:
+        """fp32 (rotary_dim / 2,)."""
+        exponents = torch.arange(0, config.rotary_dim, 2, device=device, dtype=torch.float32) / config.rotary_dim
+        return 1.0 / config.rope_theta**exponents
+
+    @classmethod
+    def turned(cls, positions: Tensor, inverse_frequencies: Tensor) -> "Rotary":
+        """The same from frequencies that are kept: a decoding step would spend as long on them as on a layer's attention."""
+        angles = positions.float()[:, None] * inverse_frequencies
         return cls(angles.cos(), angles.sin())
+
+
+class Cache(Protocol):
+    """What the model asks of a cache of keys and values: where the new tokens stand, and to attend to all that they see.
+
+    A pass over t new tokens calls `begin(t)` first, then `attend` for each layer, then `end(t)`.
+    """
+
+    def begin(self, t: int) -> Rotary:
+        """-> the angles at the positions of the new tokens, the same for each row of the batch."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v (b, t, kv_heads, d) of the new tokens; -> the attention of q (b, t, heads, d), in q's shape."""
+
+    def end(self, t: int) -> None:
+        """All layers have kept their keys and values."""
 
 
 class KVCache:
     """Keys and values of all layers for one batch of sequences of equal length, in one preallocated block.
 
-    keys and values: (layers, b, max_length, kv_heads, d). `length` tokens are filled; the model advances it.
+    keys and values: (layers, b, max_length, kv_heads, d). `length` tokens are filled. The engine's paged cache is in
+    `minglm/engine/cache.py`.
     """
 
     def __init__(self, config: GLMConfig, batch: int, max_length: int, device=None, dtype: torch.dtype = torch.float32):
+        self.config = config
         shape = (config.num_hidden_layers, batch, max_length, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (b, t, kv_heads, d) behind what `layer` holds; return all of its keys and values so far."""
-        end = self.length + k.shape[1]
+    def begin(self, t: int) -> Rotary:
+        end = self.length + t
         if end > self.keys.shape[2]:
             raise ValueError(f"the KV cache holds {self.keys.shape[2]} tokens; position {end - 1} does not fit")
+        positions = torch.arange(self.length, end, device=self.keys.device)
+        # Several queries behind the cached keys: causal from the position of each. One sees all there is.
+        keys = torch.arange(end, device=self.keys.device)
+        self.visible = rearrange(positions[:, None] >= keys, "t s -> 1 1 t s") if t > 1 else None
+        return Rotary.at(positions, self.config)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        end = self.length + q.shape[1]
         self.keys[layer, :, self.length : end] = k
         self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end].to(k.dtype), self.values[layer, :, :end].to(v.dtype)
+        return ops.attention(q, self.keys[layer, :, :end].to(q.dtype), self.values[layer, :, :end].to(q.dtype), self.visible)
+
+    def end(self, t: int) -> None:
+        self.length += t
 
 
 class Attention(nn.Module):
@@ -81,25 +126,23 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         query_width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = Linear(query_width, config.hidden_size, bias=False)
         # One weight of size head_dim for all heads.
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, visible: Tensor | None, cache: Cache | None, layer: int) -> Tensor:
         q, k, v = (
-            rearrange(project(x), "b t (heads d) -> b t heads d", d=self.head_dim)
+            project(x).unflatten(-1, (-1, self.head_dim))  # (b, t, heads, d)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
         q = ops.rotary(self.q_norm(q), *rotary)
         k = ops.rotary(self.k_norm(k), *rotary)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        out = ops.attention(q, k, v, visible)
-        return self.o_proj(rearrange(out, "b t heads d -> b t (heads d)"))
+        out = ops.attention(q, k, v, visible) if cache is None else cache.attend(layer, q, k, v)
+        return self.o_proj(out.flatten(2))  # (b, t, heads * d)
 
 
 class MLP(nn.Module):
@@ -107,9 +150,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.swiglu(x, self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
@@ -119,8 +162,9 @@ class RouterStatistics(NamedTuple):
     """What a MoE layer reports of one forward pass. Returned, never stored by the layer: activation checkpointing runs the
     layer twice and must not count twice (torchtitan#1593)."""
 
-    load: Tensor  # (E,) int64: tokens each expert was given, padding left out
-    balance: Tensor  # fp32 scalar: sequence-level balance loss, summed over the sequences of the batch
+    experts: Tensor  # (N, K) int64: the experts chosen for each token
+    load: Tensor | None  # (E,) int64: tokens each expert was given, padding left out; None with a cache, where nothing learns
+    balance: Tensor | None  # fp32 scalar: sequence-level balance loss, summed over the batch's sequences; None with a cache
 
 
 class Router(nn.Module):
@@ -142,8 +186,7 @@ class Router(nn.Module):
 
     def forward(self, x_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, H) -> the chosen experts (N, K) int64, their weights (N, K) fp32, all scores (N, E) fp32."""
-        with torch.autocast(x_NH.device.type, enabled=False):
-            scores_NE = torch.sigmoid(x_NH.float() @ self.weight.float().t())
+        scores_NE = ops.router_scores(x_NH, self.weight)
         experts_NK = self.choose(scores_NE.detach())
         weights_NK = scores_NE.gather(1, experts_NK)  # without the bias: it chooses and never weighs
         if self.config.norm_topk_prob:
@@ -213,12 +256,16 @@ class MoE(nn.Module):
         self.shared_experts = MLP(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
         self.dispatcher = LocalDispatcher()
 
-    def forward(self, x: Tensor, real: Tensor | None) -> tuple[Tensor, RouterStatistics]:
-        """x (b, t, H), real (b, t) bool, False at padding (None: no padding) -> (b, t, H) and the statistics."""
+    def forward(self, x: Tensor, real: Tensor | None, counted: bool = True) -> tuple[Tensor, RouterStatistics]:
+        """x (b, t, H), real (b, t) bool, False at padding (None: no padding) -> (b, t, H) and the statistics, those for
+        training only if `counted`."""
         b, t, _ = x.shape
-        x_NH = rearrange(x, "b t h -> (b t) h")
+        x_NH = x.flatten(0, 1)
         experts_NK, weights_NK, scores_NE = self.gate(x_NH)
         routed_NH = self.dispatcher(self.experts, x_NH, experts_NK, weights_NK)
+        out = routed_NH.view_as(x) + self.shared_experts(x)
+        if not counted:
+            return out, RouterStatistics(experts_NK, None, None)
 
         real = torch.ones(b, t, dtype=torch.bool, device=x.device) if real is None else real
         given = rearrange(real, "b t -> (b t) 1").expand_as(experts_NK).long()
@@ -227,8 +274,7 @@ class MoE(nn.Module):
         balance = sequence_balance_loss(
             rearrange(scores_NE, "(b t) e -> b t e", b=b), rearrange(experts_NK, "(b t) k -> b t k", b=b), real
         )
-        routed = rearrange(routed_NH, "(b t) h -> b t h", b=b)
-        return routed + self.shared_experts(x), RouterStatistics(load, balance)
+        return out, RouterStatistics(experts_NK, load, balance)
 
 
 class DecoderLayer(nn.Module):
@@ -244,13 +290,13 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, h: Tensor, rotary: Rotary, visible: Tensor | None, real: Tensor | None, cache: KVCache | None = None
+        self, h: Tensor, rotary: Rotary, visible: Tensor | None, real: Tensor | None, cache: Cache | None = None
     ) -> tuple[Tensor, RouterStatistics | None]:
         h = h + self.self_attn(self.input_layernorm(h), rotary, visible, cache, self.index)
         x = self.post_attention_layernorm(h)
         if not self.is_moe:
             return h + self.mlp(x), None
-        out, statistics = self.mlp(x, real)
+        out, statistics = self.mlp(x, real, counted=cache is None)
         return h + out, statistics
 
 
@@ -282,7 +328,7 @@ class MTP(nn.Module):
         super().__init__()
         self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.layer = DecoderLayer(config, max(config.num_hidden_layers, config.first_k_dense_replace))  # always MoE
         self.shared_head = SharedHead(config)
 
@@ -328,7 +374,7 @@ class GLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Trunk(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = MTP(config) if config.num_nextn_predict_layers else None
         self.tie_weights()
         # Recompute each layer in the backward pass instead of keeping its activations.
@@ -379,7 +425,7 @@ class GLM(nn.Module):
         self,
         input_ids: Tensor,
         document_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         mtp: bool = False,
     ) -> GLMOutput:
         """input_ids (b, t) int64 -> `GLMOutput`.
@@ -395,6 +441,22 @@ class GLM(nn.Module):
             mtp_hidden, _ = self._run_mtp(hidden, input_ids, document_ids)
             mtp_logits = self.lm_head(mtp_hidden)
         return GLMOutput(self.lm_head(hidden), hidden, mtp_logits)
+
+    def step(self, input_ids: Tensor, cache: Cache) -> tuple[Tensor, Tensor | None]:
+        """What an engine asks of the trunk: input_ids (b, t) int64 continue what `cache` holds. -> the states after the final
+        norm (b, t, h), for `lm_head`; the experts of each token (MoE layers, b * t, K) int64, None without MoE layers."""
+        hidden, statistics = self._run_trunk(input_ids, None, cache)
+        return hidden, torch.stack([s.experts for s in statistics]) if statistics else None
+
+    def mtp_step(self, hidden: Tensor, next_ids: Tensor, cache: Cache) -> Tensor:
+        """The same for the MTP layer: hidden (b, t, h), the trunk's states or, for drafts beyond the first, what this method
+        returned; next_ids (b, t) int64, the tokens after each. -> normed states (b, t, h): their logits are of the token
+        after that. The layer's entries of `cache` have the positions of `next_ids`."""
+        x = self.mtp.combine(self.model.embed_tokens(next_ids), hidden)
+        t = x.shape[1]
+        h, _ = self.mtp.layer(x, cache.begin(t), None, None, cache)
+        cache.end(t)
+        return self.mtp.shared_head.norm(h)
 
     def loss(
         self,
@@ -464,7 +526,7 @@ class GLM(nn.Module):
         """The routers of all MoE layers in order; the MTP layer's is last."""
         return [module for module in self.modules() if isinstance(module, Router)]
 
-    def _check(self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None, mtp: bool) -> None:
+    def _check(self, input_ids: Tensor, document_ids: Tensor | None, cache: Cache | None, mtp: bool) -> None:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids have shape {tuple(input_ids.shape)}: wanted (batch, sequence)")
         self._check_vocabulary("input_ids", input_ids)
@@ -485,17 +547,13 @@ class GLM(nn.Module):
                 raise ValueError(f"{name} hold {low} to {high}: wanted 0 to {self.config.vocab_size - 1}, the vocabulary")
 
     def _run_trunk(
-        self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None
+        self, input_ids: Tensor, document_ids: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor, list[RouterStatistics]]:
         """-> the states after the final norm (b, t, h), and the statistics of the MoE layers."""
         h = self.model.embed_tokens(input_ids)
-        start, t = (0 if cache is None else cache.length), input_ids.shape[1]
-        positions = torch.arange(start, start + t, device=h.device)
-        rotary = Rotary.at(positions, self.config)
+        t = input_ids.shape[1]
+        rotary = Rotary.at(torch.arange(t, device=h.device), self.config) if cache is None else cache.begin(t)
         visible = None if document_ids is None else ops.document_mask(document_ids)
-        if cache is not None and t > 1:  # several queries behind the cached keys: causal from the position of each
-            keys = torch.arange(start + t, device=h.device)
-            visible = rearrange(positions[:, None] >= keys, "t s -> 1 1 t s")
         real = None if document_ids is None else document_ids >= 0
         statistics = []
         for layer in self.model.layers:
@@ -503,7 +561,7 @@ class GLM(nn.Module):
             if layer_statistics is not None:
                 statistics.append(layer_statistics)
         if cache is not None:
-            cache.length += t
+            cache.end(t)
         return self.model.norm(h), statistics
 
     def _run_mtp(

@@ -3,7 +3,9 @@
 Every operation below is *defined* by its naive form: a few lines of plain PyTorch to check against the paper. A faster
 gear replaces an operation behind the same signature: `torch` (PyTorch's fused operations and hand-written backward
 passes, the default) and `triton` (the kernels in `kernels/`, which register themselves here). An operation that a gear
-lacks falls back to the gear before it. The model calls `ops.rms_norm(...)` and never knows.
+lacks falls back to the gear before it. The model calls `ops.rms_norm(...)` and never knows. The gear `exact`
+(`minglm/exact.py`) is not about speed: it gives a token the same bits in any batch. Nothing falls back from it. The gear
+`inference` (`minglm/inference.py`) is the engine's form of `torch`: small batches on a CPU, and no gradients.
 
 Shapes: b batch, t sequence, n = b * t tokens, h hidden, k experts per token, r = n * k rows, one for each token and
 expert of it, e experts, i width of an expert, v vocabulary.
@@ -21,7 +23,15 @@ from einops import rearrange, repeat
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-GEARS = ("naive", "torch", "triton")  # each falls back to the one before it
+GEARS = ("naive", "torch", "triton", "exact", "inference")
+# Where each gear looks for an operation. What is not exact must not run there unseen.
+FALLBACKS = {
+    "naive": ("naive",),
+    "torch": ("torch", "naive"),
+    "triton": ("triton", "torch", "naive"),
+    "exact": ("exact",),
+    "inference": ("inference", "torch", "naive"),
+}
 
 FUSED_BY_COMPILER = ("rms_norm", "rotary", "swiglu")
 
@@ -40,17 +50,35 @@ def operation(naive: Callable) -> Callable:
 
     @functools.wraps(naive)
     def run(*args, **kwargs):
-        table = _implementations[name]
-        gear = next(gear for gear in GEARS[GEARS.index(_gear) :: -1] if gear in table)
-        if torch.compiler.is_compiling() and gear != "naive":
+        chosen = form(name, _gear)
+        if torch.compiler.is_compiling() and _gear == "exact":
+            _refuse_the_compiler()
+        if torch.compiler.is_compiling() and chosen is not naive:
             # torch.compile fuses the naive form of elementwise work by itself; what writes into slices it must not enter,
             # nor the launchers of kernels.
-            if gear == "torch" and name in FUSED_BY_COMPILER:
+            if chosen is _implementations[name].get("torch") and name in FUSED_BY_COMPILER:
                 return naive(*args, **kwargs)
-            return torch.compiler.disable(table[gear])(*args, **kwargs)
-        return table[gear](*args, **kwargs)
+            return torch.compiler.disable(chosen)(*args, **kwargs)
+        return chosen(*args, **kwargs)
 
     return run
+
+
+@torch.compiler.disable  # raised while torch.compile traces, an error would only end its graph
+def _refuse_the_compiler() -> None:
+    raise GearError("gear 'exact' found torch.compile at work, which changes bits by fusing: leave compile off")
+
+
+def form(name: str, gear: str) -> Callable:
+    """The function that is operation `name` in `gear`, its own or that of the gear that it falls back to.
+
+    Raises `GearError` where there is none.
+    """
+    table = _implementations[name]
+    for candidate in FALLBACKS[gear]:
+        if candidate in table:
+            return table[candidate]
+    raise GearError(f"gear {gear!r} has no operation {name!r}, and falls back to no other gear: register one")
 
 
 def register(name: str, gear: str) -> Callable:
@@ -68,7 +96,7 @@ def register(name: str, gear: str) -> Callable:
 
 @contextlib.contextmanager
 def using(gear: str) -> Iterator[None]:
-    """Run everything inside in `gear`: "naive", "torch" or "triton". Process-wide, not per thread.
+    """Run everything inside in `gear`: "naive", "torch", "triton", "exact" or "inference". Process-wide, not per thread.
 
     Raises `GearError` for a gear that does not exist or whose packages are not installed.
     """
@@ -76,6 +104,8 @@ def using(gear: str) -> Iterator[None]:
     _check_gear(gear)
     if gear == "triton":
         _load_kernels()
+    elif gear in ("exact", "inference"):
+        importlib.import_module(f"minglm.{gear}")  # by name, at run time: they are built on this module
     before, _gear = _gear, gear
     try:
         yield
@@ -106,6 +136,12 @@ def _load_kernels() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the naive definitions
+
+
+@operation
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A projection: x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
+    return F.linear(x, weight, bias)
 
 
 @operation
@@ -160,6 +196,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor
 
 
 @operation
+def router_scores(x: Tensor, weight: Tensor) -> Tensor:
+    """How well each expert suits each token, before any bias: x (n, h), weight (e, h) -> (n, e) in 0 to 1, all of it fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.sigmoid(F.linear(x.float(), weight.float()))
+
+
+@operation
 def swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """The dense feed-forward network: x (..., h), gate and up (i, h), down (h, i) -> (..., h)."""
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
@@ -188,6 +231,12 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
     hidden (n, h), weight (v, h), labels (n,) with -100 ignored. The softmax is fp32.
     """
     return F.cross_entropy(F.linear(hidden, weight).float(), labels, ignore_index=-100, reduction="sum")
+
+
+@operation
+def token_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    """Log-probability of each token under softmax(hidden @ weight^T): hidden (n, h), weight (v, h), ids (n,) -> (n,) fp32."""
+    return F.linear(hidden, weight).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------- the torch gear

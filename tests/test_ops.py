@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import minglm.exact  # noqa: F401  # registers its operations
 from minglm import ops
 from minglm.config import GLMConfig
 from minglm.model import GLM, Rotary
@@ -33,11 +34,12 @@ SHORT_LAW = settings(LAW, max_examples=12)  # the interpreter takes a tenth of a
 # in fp32 and rounds few times.
 TOLERANCE_IN_EPS = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 8, torch.float16: 8}
 # These round to fp32 inside by definition: the statistic of the norm, the softmax.
-FP32_INSIDE = {"rms_norm", "attention", "linear_cross_entropy"}
+FP32_INSIDE = {"rms_norm", "attention", "router_scores", "linear_cross_entropy", "token_log_probs"}
 # The Triton gear refuses fp64, and the interpreter's products are garbage in bf16, without an error (triton#5424): the
 # kernels are the same for all dtypes, and in bf16 they are only compiled.
 DTYPES = {
     "torch": [torch.float32, torch.float64, torch.bfloat16],
+    "exact": [torch.float32, torch.float64, torch.bfloat16],
     "triton": [torch.float32, torch.float16],
 }
 
@@ -107,6 +109,13 @@ class Numbers:
         return ids.masked_fill(torch.arange(t) >= t - padding, -1)
 
 
+def linear_case(numbers: Numbers) -> tuple:
+    leading = numbers.draw(st.lists(st.integers(0, 5), max_size=3))
+    inside, outside = numbers.size(1, 20), numbers.size(1, 40)
+    bias = numbers.variable(outside) if numbers.draw(st.booleans(), label="bias") else None
+    return numbers.variable(*leading, inside), numbers.weight(outside, inside), bias
+
+
 def rms_norm_case(numbers: Numbers) -> tuple:
     leading = numbers.draw(st.lists(st.integers(0, 5), max_size=3))
     d = numbers.size(2, 40)
@@ -141,6 +150,11 @@ def attention_case(numbers: Numbers) -> tuple:
     return numbers.variable(b, t, heads, d), numbers.variable(b, s, kv, d), numbers.variable(b, s, kv, d), visible
 
 
+def router_scores_case(numbers: Numbers) -> tuple:
+    n, h, e = numbers.size(0, 40), numbers.size(1, 20), numbers.size(1, 20)
+    return numbers.variable(n, h), numbers.weight(e, h)
+
+
 def swiglu_case(numbers: Numbers) -> tuple:
     leading = numbers.draw(st.lists(st.integers(0, 5), max_size=3))
     h, i = numbers.size(1, 20), numbers.size(1, 20)
@@ -167,6 +181,11 @@ def linear_cross_entropy_case(numbers: Numbers) -> tuple:
     return numbers.variable(n, h), numbers.weight(v, h), labels.masked_fill(ignored, -100)
 
 
+def token_log_probs_case(numbers: Numbers) -> tuple:
+    n, h, v = numbers.size(0, 40), numbers.size(1, 16), numbers.draw(st.sampled_from([1, 2, 7, 50, 20_000]))
+    return numbers.variable(n, h), numbers.weight(v, h), numbers.integers(0, v, n)
+
+
 CASES = {name.removesuffix("_case"): make for name, make in dict(globals()).items() if name.endswith("_case")}
 
 
@@ -191,7 +210,7 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * scale)
 
 
-@cases_of("torch")
+@cases_of("torch", "exact")
 @given(data=st.data())
 @LAW
 def test_a_gear_equals_the_naive_definition(gear, name, dtype, data):
@@ -382,7 +401,7 @@ def test_autocast_runs_the_products_in_bf16_and_gives_fp32_gradients(name, data)
 
 
 def test_an_unknown_gear_is_refused_and_the_known_ones_named():
-    with pytest.raises(ValueError, match="'cuda' does not exist; wanted one of naive, torch, triton"):
+    with pytest.raises(ValueError, match="'cuda' does not exist; wanted one of naive, torch, triton, exact"):
         with ops.using("cuda"):
             pass
     with pytest.raises(ValueError, match="'cuda' does not exist"):
@@ -390,7 +409,7 @@ def test_an_unknown_gear_is_refused_and_the_known_ones_named():
 
 
 def test_an_unknown_operation_is_refused_and_the_known_ones_named():
-    with pytest.raises(ValueError, match="'layer_norm' is not defined; operations are rms_norm, "):
+    with pytest.raises(ValueError, match="'layer_norm' is not defined; operations are linear, rms_norm, "):
         ops.register("layer_norm", "torch")
 
 
@@ -408,13 +427,28 @@ def test_an_operation_that_a_gear_lacks_runs_in_the_gear_before(monkeypatch):
     ran = []
     table = {gear: lambda gear=gear: ran.append(gear) for gear in ("naive", "torch")}
     monkeypatch.setitem(ops._implementations, "rms_norm", table)
-    for gear in ops.GEARS:
+    for gear in ("naive", "torch", "triton"):
         with ops.using(gear):
             ops.rms_norm()
     del table["torch"]
     with ops.using("triton"):
         ops.rms_norm()
     assert ran == ["naive", "torch", "torch", "naive"]
+
+
+def test_the_exact_gear_falls_back_to_no_other(monkeypatch):
+    monkeypatch.delitem(ops._implementations["rms_norm"], "exact")
+    with ops.using("exact"), pytest.raises(ops.GearError, match="'exact' has no operation 'rms_norm'"):
+        ops.rms_norm(torch.ones(2, 3), torch.ones(3), 1e-5)
+
+
+def test_every_operation_has_an_exact_form():
+    assert [name for name, table in ops._implementations.items() if "exact" not in table] == []
+
+
+def test_the_exact_gear_refuses_to_be_compiled():
+    with ops.using("exact"), pytest.raises(Exception, match="leave compile off"):
+        torch.compile(lambda x: ops.rms_norm(x, torch.ones(3), 1e-5))(torch.ones(2, 3))
 
 
 @pytest.fixture
