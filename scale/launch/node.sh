@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # The part of a Slurm job that every node runs (see slurm.sbatch): torchrun with the arguments given, and a translation.
 #
-# Slurm sends a signal to all processes of a step at once. But a SIGTERM that reaches a rank twice, from Slurm and from its
-# torchrun, ends it without a checkpoint. So Slurm is asked for SIGUSR1, which all but this shell ignore, and this shell makes
-# of it one SIGTERM for torchrun, which hands it on to its ranks: they save after the step and end.
+# Slurm sends a signal to all processes of a step at once; this shell must outlive it, to say that the job was asked to stop.
+# So Slurm is asked for SIGUSR1, which all but this shell ignore, and this shell makes of it one SIGTERM for torchrun, which
+# hands it on to its ranks: they save after the step and end.
 set -euo pipefail
+
+# A store of its own for every restart: torchrun of PyTorch 2.13 would hand out the old one, with the addresses of dead ranks.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 : "${STOPPED:?the file that says that the job was asked to stop, on a file system that all nodes share}"
 
