@@ -1,19 +1,36 @@
 """The inference gear: the hot operations where nothing is learned, for CPUs and few tokens.
 
 A decoding step of a small model is a few hundred tiny operations, so what counts is how many there are. These forms record
-nothing for a backward pass, work in few calls, and touch only what the tokens need. What a form does not cover (another
-device, another dtype, long prompts) goes to the torch gear. The engine runs in this gear where it is asked for `torch`.
+nothing for a backward pass, work in few calls, and touch only what the tokens need: kernels in C where the machine has a
+compiler (`minglm/native.py`), else PyTorch's own operations. What a form does not cover (another device, another dtype,
+long prompts) goes to the torch gear. The engine runs in this gear where it is asked for `torch`.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minglm import ops
+from minglm import native, ops
+
+FEW_TOKENS = 256  # beyond, PyTorch's products are large enough to be the faster ones
+
+
+def is_native(x: Tensor) -> bool:
+    """Whether the C kernels work on x: they read fp32 on a CPU, and nothing may want gradients."""
+    return can_be_native(x) and not torch.is_grad_enabled() and not ops.autocasts("cpu")
+
+
+def can_be_native(x: Tensor) -> bool:
+    """The same, but for what a context manager decides."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and native.library() is not None
 
 
 @ops.register("rms_norm", "inference")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    if is_native(x):
+        x, out = x.contiguous(), torch.empty(x.shape)
+        native.call("rms_norm", "pppiif", x, weight, out, x.numel() // x.shape[-1], x.shape[-1], eps)
+        return out
     if x.dtype != torch.float32 or torch.is_grad_enabled():
         return ops.form("rms_norm", "torch")(x, weight, eps)
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -22,6 +39,10 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @ops.register("rotary", "inference")
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     p = cos.shape[-1]
+    if x.shape[0] == 1 and is_native(x):
+        x, out = x.contiguous(), torch.empty(x.shape)
+        native.call("rotary", "ppppiiii", x, cos.contiguous(), sin.contiguous(), out, *x.shape[1:], p)
+        return out
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     first, second, rest = x.split([p, p, x.shape[-1] - 2 * p], -1)
     turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
@@ -53,12 +74,45 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tenso
 @ops.register("routed_experts", "inference")
 def _routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     (n, k), e = experts.shape, gate_up.shape[0]
-    if torch.is_grad_enabled() or x.device.type != "cpu" or ops.autocasts("cpu") or n > 256:
+    if torch.is_grad_enabled() or x.device.type != "cpu" or ops.autocasts("cpu") or n > FEW_TOKENS:
         return ops.form("routed_experts", "torch")(x, experts, weights, gate_up, down)
+    if is_native(x) and gate_up.dtype == torch.float32:
+        return _one_by_one(x, experts, weights, gate_up, down)
     weights = weights.to(x.dtype)
     if n * k <= e:
         return _own_copies(x, experts, weights, gate_up, down)
     return _padded(x, experts, weights, gate_up, down)
+
+
+def _one_by_one(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    (n, k), (e, h, i) = experts.shape, down.shape
+    x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
+    out, work, places = torch.empty(x.shape), torch.empty(n * (3 * i + h)), torch.empty(3 * n, dtype=torch.int64)
+    arguments = (x, experts, weights, gate_up, down, out, work, places, places[2 * n :], n, k, e, h, i)
+    native.call("routed_experts", "p" * 9 + "i" * 5, *arguments)
+    return out
+
+
+def paged_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    rows: Tensor,
+    positions: Tensor,
+    block_size: int,
+    first: int,
+    longest: int,
+) -> Tensor:
+    """Attention of single queries straight from a paged cache, only where `is_native`: q (n, heads, d); keys and values
+    (slots, kv_heads, d); table (rows, blocks) int64; rows, positions (n,) int64: query i sees positions first to
+    positions[i] of its row, all below `longest`. -> (n, heads, d)."""
+    (n, heads, d), kv_heads = q.shape, keys.shape[1]
+    q, out, scores = q.contiguous(), torch.empty(q.shape), torch.empty(heads // kv_heads, longest)
+    arguments = (q, keys, values, table, table.stride(0), rows, positions, out, scores)
+    sizes = (n, heads, kv_heads, d, block_size, first, longest)
+    native.call("paged_attention", "ppppipppp" + "i" * 7, *arguments, *sizes)
+    return out
 
 
 def _own_copies(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
