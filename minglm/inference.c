@@ -34,37 +34,48 @@ void rotary(const float *x, const float *cos, const float *sin, float *out, int6
         }
 }
 
+/* One query over one sequence's keys: q, out (d); scores (end). Inlined with d known, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void attend(
+    const float *restrict q, const float *restrict keys, const float *restrict values, const int64_t *restrict blocks,
+    float *restrict out, float *restrict scores, int64_t first, int64_t end, int64_t wide, int64_t block_size,
+    const int64_t d) {
+    const float scale = 1.0f / sqrtf((float)d);
+    float best = -INFINITY, sum = 0, total[d];
+    for (int64_t b = first / block_size; b * block_size < end; b++) {
+        const int64_t from = b * block_size < first ? first : b * block_size;
+        const int64_t to = (b + 1) * block_size < end ? (b + 1) * block_size : end;
+        const float *key = keys + (blocks[b] * block_size + from % block_size) * wide;
+        for (int64_t s = from; s < to; s++, key += wide) {
+            scores[s] = dot(q, key, d) * scale;
+            best = scores[s] > best ? scores[s] : best;
+        }
+    }
+    for (int64_t s = first; s < end; s++) sum += scores[s] = expf(scores[s] - best);
+    for (int64_t i = 0; i < d; i++) total[i] = 0;
+    for (int64_t b = first / block_size; b * block_size < end; b++) {
+        const int64_t from = b * block_size < first ? first : b * block_size;
+        const int64_t to = (b + 1) * block_size < end ? (b + 1) * block_size : end;
+        const float *value = values + (blocks[b] * block_size + from % block_size) * wide;
+        for (int64_t s = from; s < to; s++, value += wide)
+            for (int64_t i = 0; i < d; i++) total[i] += scores[s] * value[i];
+    }
+    for (int64_t i = 0; i < d; i++) out[i] = total[i] / sum;
+}
+
 /* Attention of single queries over the paged cache. q, out (tokens, heads, d); keys, values (slots, kv_heads, d); token t
-   sees positions first to positions[t] of row rows[t] of table (rows, stride), which holds blocks. scores: work space for
-   the group's heads, (heads / kv_heads, longest). */
+   sees positions first to positions[t] of row rows[t] of table (rows, stride), which holds blocks. scores: work space,
+   (longest). */
 void paged_attention(const float *q, const float *keys, const float *values, const int64_t *table, int64_t stride,
                      const int64_t *rows, const int64_t *positions, float *out, float *scores, int64_t tokens,
-                     int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, int64_t first, int64_t longest) {
+                     int64_t heads, int64_t kv_heads, int64_t d, int64_t block_size, int64_t first) {
     const int64_t group = heads / kv_heads, wide = kv_heads * d;
-    const float scale = 1.0f / sqrtf((float)d);
     for (int64_t t = 0; t < tokens; t++) {
         const int64_t *blocks = table + rows[t] * stride, end = positions[t] + 1;
-        for (int64_t kv = 0; kv < kv_heads; kv++) {
-            const float *own = q + (t * heads + kv * group) * d;
-            float *to = out + (t * heads + kv * group) * d;
-            for (int64_t s = first; s < end; s++) {
-                const float *key = keys + (blocks[s / block_size] * block_size + s % block_size) * wide + kv * d;
-                for (int64_t g = 0; g < group; g++) scores[g * longest + s] = dot(own + g * d, key, d) * scale;
-            }
-            for (int64_t g = 0; g < group; g++) {
-                float *row = scores + g * longest, best = -INFINITY, sum = 0;
-                for (int64_t s = first; s < end; s++) best = row[s] > best ? row[s] : best;
-                for (int64_t s = first; s < end; s++) sum += row[s] = expf(row[s] - best);
-                for (int64_t s = first; s < end; s++) row[s] /= sum;
-            }
-            memset(to, 0, group * d * sizeof(float));
-            for (int64_t s = first; s < end; s++) {
-                const float *value = values + (blocks[s / block_size] * block_size + s % block_size) * wide + kv * d;
-                for (int64_t g = 0; g < group; g++) {
-                    const float weight = scores[g * longest + s];
-                    for (int64_t i = 0; i < d; i++) to[g * d + i] += weight * value[i];
-                }
-            }
+        for (int64_t head = 0; head < heads; head++, q += d, out += d) {
+            const int64_t at = head / group * d;
+            if (d == 64) attend(q, keys + at, values + at, blocks, out, scores, first, end, wide, block_size, 64);
+            else if (d == 128) attend(q, keys + at, values + at, blocks, out, scores, first, end, wide, block_size, 128);
+            else attend(q, keys + at, values + at, blocks, out, scores, first, end, wide, block_size, d);
         }
     }
 }

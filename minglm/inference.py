@@ -108,10 +108,10 @@ def paged_attention(
     (slots, kv_heads, d); table (rows, blocks) int64; rows, positions (n,) int64: query i sees positions first to
     positions[i] of its row, all below `longest`. -> (n, heads, d)."""
     (n, heads, d), kv_heads = q.shape, keys.shape[1]
-    q, out, scores = q.contiguous(), torch.empty(q.shape), torch.empty(heads // kv_heads, longest)
+    q, out, scores = q.contiguous(), torch.empty(q.shape), torch.empty(longest)
     arguments = (q, keys, values, table, table.stride(0), rows, positions, out, scores)
-    sizes = (n, heads, kv_heads, d, block_size, first, longest)
-    native.call("paged_attention", "ppppipppp" + "i" * 7, *arguments, *sizes)
+    sizes = (n, heads, kv_heads, d, block_size, first)
+    native.call("paged_attention", "ppppipppp" + "i" * 6, *arguments, *sizes)
     return out
 
 
