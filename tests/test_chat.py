@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minglm.chat import MODES, ChatError, parse, render, render_tokens
+from minglm.chat import MODES, ChatError, parse, render, render_tokens, tool_grammar
 from minglm.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 # The published template's semantics in Jinja, rendered by transformers.
@@ -410,6 +410,8 @@ def test_unfit_tools_and_modes_are_refused():
     for mode in ("yes", 0, 1):
         with pytest.raises(ChatError, match="enable_thinking"):
             render([], enable_thinking=mode)
+        with pytest.raises(ChatError, match="enable_thinking"):
+            tool_grammar(None, enable_thinking=mode)
 
 
 def test_parse_takes_a_turn_a_turn_with_its_mark_and_a_conversation():
