@@ -171,7 +171,7 @@ def test_a_value_that_holds_its_closing_tag_gets_a_backslash_and_nothing_else_ch
     assert render([*messages, turn(value)]) == reference([*messages, turn(escaped)], None, None, False)
 
 
-def test_render_is_what_the_paper_s_users_see():
+def test_a_conversation_spelt_out():
     tools = [{"type": "function", "function": {"name": "wetter", "parameters": {"type": "object", "properties": {}}}}]
     messages = [
         {"role": "system", "content": "Kurz."},
