@@ -124,3 +124,24 @@ void routed_experts(const float *x, const int64_t *experts, const float *weights
         }
     }
 }
+
+/* x (tokens, h), weight (n, h), bias (n) or NULL -> out (tokens, n). pointers: (tokens). */
+void linear(const float *x, const float *weight, const float *bias, float *out, const float **pointers, int64_t tokens,
+            int64_t h, int64_t n) {
+    for (int64_t t = 0; t < tokens; t++) pointers[t] = x + t * h;
+    for (int64_t r = 0; r < n; r++) {
+        rows_times(pointers, weight + r * h, out + r, tokens, h, n);
+        if (bias)
+            for (int64_t t = 0; t < tokens; t++) out[t * n + r] += bias[r];
+    }
+}
+
+/* x (tokens, h); gate, up (i, h); down (o, i) -> out (tokens, o). work: (tokens, 2i); pointers: (tokens). */
+void swiglu(const float *x, const float *gate, const float *up, const float *down, float *out, float *work,
+            const float **pointers, int64_t tokens, int64_t h, int64_t i, int64_t o) {
+    float *act = work, *raised = work + tokens * i;
+    linear(x, gate, NULL, act, pointers, tokens, h, i);
+    linear(x, up, NULL, raised, pointers, tokens, h, i);
+    for (int64_t j = 0; j < tokens * i; j++) act[j] = act[j] / (1 + expf(-act[j])) * raised[j];
+    linear(act, down, NULL, out, pointers, tokens, i, o);
+}

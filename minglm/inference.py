@@ -12,12 +12,13 @@ from torch import Tensor
 
 from minglm import native, ops
 
+ROWS = 4
 FEW_TOKENS = 256  # beyond, PyTorch's products are large enough to be the faster ones
 
 
 def is_native(x: Tensor) -> bool:
     """Whether the C kernels work on x: they read fp32 on a CPU, and nothing may want gradients."""
-    return can_be_native(x) and not torch.is_grad_enabled() and not ops.autocasts("cpu")
+    return can_be_native(x) and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
 
 
 def can_be_native(x: Tensor) -> bool:
@@ -25,11 +26,36 @@ def can_be_native(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and native.library() is not None
 
 
+def _is_a_row(x: Tensor, weight: Tensor) -> bool:
+    """So few tokens that a product only reads its weights, and a library's preparations would take longer."""
+    return x.numel() <= ROWS * x.shape[-1] and weight.dtype == torch.float32 and is_native(x)
+
+
+@ops.register("linear", "inference")
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not _is_a_row(x, weight):
+        return ops.form("linear", "torch")(x, weight, bias)
+    (n, h), tokens = weight.shape, x.numel() // x.shape[-1]
+    x, out, places = x.contiguous(), torch.empty(*x.shape[:-1], n), torch.empty(tokens, dtype=torch.int64)
+    native.library().linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        places.data_ptr(),
+        tokens,
+        h,
+        n,
+    )
+    return out
+
+
 @ops.register("rms_norm", "inference")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if is_native(x):
         x, out = x.contiguous(), torch.empty(x.shape)
-        native.call("rms_norm", "pppiif", x, weight, out, x.numel() // x.shape[-1], x.shape[-1], eps)
+        d = x.shape[-1]
+        native.library().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // d, d, eps)
         return out
     if x.dtype != torch.float32 or torch.is_grad_enabled():
         return ops.form("rms_norm", "torch")(x, weight, eps)
@@ -40,8 +66,8 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     p = cos.shape[-1]
     if x.shape[0] == 1 and is_native(x):
-        x, out = x.contiguous(), torch.empty(x.shape)
-        native.call("rotary", "ppppiiii", x, cos.contiguous(), sin.contiguous(), out, *x.shape[1:], p)
+        x, cos, sin, out = x.contiguous(), cos.contiguous(), sin.contiguous(), torch.empty(x.shape)
+        native.library().rotary(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape[1:], p)
         return out
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     first, second, rest = x.split([p, p, x.shape[-1] - 2 * p], -1)
@@ -58,6 +84,13 @@ def _router_scores(x: Tensor, weight: Tensor) -> Tensor:
 
 @ops.register("swiglu", "inference")
 def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    if _is_a_row(x, gate):
+        (i, h), o, tokens = gate.shape, down.shape[0], x.numel() // x.shape[-1]
+        x, out, work = x.contiguous(), torch.empty(*x.shape[:-1], o), torch.empty(tokens * 2 * i)
+        places = torch.empty(tokens, dtype=torch.int64)
+        pointers = (tensor.data_ptr() for tensor in (x, gate, up, down, out, work, places))
+        native.library().swiglu(*pointers, tokens, h, i, o)
+        return out
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
@@ -88,8 +121,8 @@ def _one_by_one(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, do
     (n, k), (e, h, i) = experts.shape, down.shape
     x, experts, weights = x.contiguous(), experts.contiguous(), weights.contiguous()
     out, work, places = torch.empty(x.shape), torch.empty(n * (3 * i + h)), torch.empty(3 * n, dtype=torch.int64)
-    arguments = (x, experts, weights, gate_up, down, out, work, places, places[2 * n :], n, k, e, h, i)
-    native.call("routed_experts", "p" * 9 + "i" * 5, *arguments)
+    pointers = (tensor.data_ptr() for tensor in (x, experts, weights, gate_up, down, out, work, places, places[2 * n :]))
+    native.library().routed_experts(*pointers, n, k, e, h, i)
     return out
 
 
@@ -109,9 +142,23 @@ def paged_attention(
     positions[i] of its row, all below `longest`. -> (n, heads, d)."""
     (n, heads, d), kv_heads = q.shape, keys.shape[1]
     q, out, scores = q.contiguous(), torch.empty(q.shape), torch.empty(longest)
-    arguments = (q, keys, values, table, table.stride(0), rows, positions, out, scores)
-    sizes = (n, heads, kv_heads, d, block_size, first)
-    native.call("paged_attention", "ppppipppp" + "i" * 6, *arguments, *sizes)
+    native.library().paged_attention(
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        table.data_ptr(),
+        table.stride(0),
+        rows.data_ptr(),
+        positions.data_ptr(),
+        out.data_ptr(),
+        scores.data_ptr(),
+        n,
+        heads,
+        kv_heads,
+        d,
+        block_size,
+        first,
+    )
     return out
 
 

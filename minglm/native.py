@@ -15,11 +15,19 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from torch import Tensor
-
 SOURCE = Path(__file__).with_name("inference.c")
 # Sums may be reordered (that is what vectors need); infinities and NaN keep their meaning.
 FLAGS = ("-O3", "-march=native", "-ffast-math", "-fno-finite-math-only", "-shared", "-fPIC")
+
+# Of each function: p a pointer (`Tensor.data_ptr()` of a contiguous tensor), i an int64, f a float.
+ARGUMENTS = {
+    "rms_norm": "ppp ii f",
+    "rotary": "pppp iiii",
+    "paged_attention": "pppp i pppp iiiiii",
+    "linear": "ppppp iii",
+    "swiglu": "ppppppp iiii",
+    "routed_experts": "ppppppppp iiiii",
+}
 
 
 @functools.cache
@@ -34,11 +42,19 @@ def library() -> ctypes.CDLL | None:
     try:
         if not (built := folder / f"inference-{name}.so").exists():
             _build(compiler, built)
-        return ctypes.CDLL(str(built))
+        return _typed(ctypes.CDLL(str(built)))
     except (OSError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"{SOURCE.name} could not be built with {compiler}; inference goes on without it: {reason}", stacklevel=2)
         return None
+
+
+def _typed(built: ctypes.CDLL) -> ctypes.CDLL:
+    kinds = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+    for name, arguments in ARGUMENTS.items():
+        function = getattr(built, name)
+        function.restype, function.argtypes = None, [kinds[letter] for letter in arguments.replace(" ", "")]
+    return built
 
 
 def _build(compiler: str, built: Path) -> None:
@@ -49,16 +65,3 @@ def _build(compiler: str, built: Path) -> None:
         command = [compiler, *FLAGS, "-o", str(fresh), str(SOURCE), "-lm"]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         os.replace(fresh, built)
-
-
-@functools.cache
-def _function(name: str, kinds: str):
-    function = getattr(library(), name)
-    function.restype = None
-    function.argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}[kind] for kind in kinds]
-    return function
-
-
-def call(name: str, kinds: str, *arguments: Tensor | int | float) -> None:
-    """Call a function of the library. kinds: a letter for each argument: p a contiguous tensor, i an int64, f a float."""
-    _function(name, kinds)(*(x.data_ptr() if isinstance(x, Tensor) else x for x in arguments))
