@@ -148,6 +148,7 @@ def test_on_a_terminal_thinking_is_dim_and_end_of_input_leaves(folder):
     assert THOUGHT in reader.until("\x1b[0m")
     assert CONCLUSION in reader.until("tokens/s]")
     reader.until("> ")
+    time.sleep(0.5)  # readline has written its prompt, and then begins to wait
     process.send_signal(signal.SIGINT)
     reader.until("(Ctrl-D leaves)")
     reader.until("> ")

@@ -212,7 +212,7 @@ class _Server:
         except ValueError as error:  # a character that the vocabulary lacks
             raise ApiError(400, _sentence(error), param="messages", code="invalid_message") from error
         # The template leaves <think> to the model, which may then choose not to think. Where thinking is asked for, the
-        # prompt opens it; but a grammar of calls begins where the template ends.
+        # grammar of calls makes it write <think>; where there is none, the prompt does.
         opens_thinking = bool(thinking) and grammar is None
         if opens_thinking:
             ids = [*ids, *self._tokenizer.encode("\n<think>", allow_special=True)]
