@@ -13,7 +13,6 @@ from torch import Tensor
 
 from minglm import ops
 from minglm.config import GLMConfig
-from minglm.inference import can_be_native, paged_attention
 from minglm.model import Rotary
 
 
@@ -25,8 +24,6 @@ class PagedCache:
     `hidden` (slots, h), only `with_mtp`: the trunk's states, from which the MTP layer goes on. That layer is one more of
     the layers here: its entry for the state at p and the token at p + 1 has the slot of p + 1, so that an entry depends on
     no token beyond its own and prefixes can be shared. Position 0 therefore has none.
-
-    one_by_one: where there are C kernels, decoding attends to the blocks where they lie (`minglm.inference`).
     """
 
     def __init__(
@@ -39,7 +36,6 @@ class PagedCache:
         device: torch.device,
         dtype: torch.dtype,
         with_mtp: bool = False,
-        one_by_one: bool = False,
     ):
         shape = (layers, num_blocks * block_size, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -47,7 +43,6 @@ class PagedCache:
         self.hidden = torch.zeros(shape[1], config.hidden_size, device=device, dtype=dtype) if with_mtp else None
         self.inverse_frequencies = Rotary.inverse_frequencies(config, device)
         self.block_size = block_size
-        self.one_by_one = one_by_one and can_be_native(self.keys)
         self.table = np.zeros((rows, num_blocks), dtype=np.int64)
 
     @staticmethod
@@ -93,10 +88,7 @@ class CacheView:
             self.positions = starts.repeat(counts) + np.arange(counts.sum()) - (self.ends + 1 - counts).repeat(counts)
         self.device = cache.keys.device
         self.slots = self._tensor(cache.slots(self.token_rows, self.positions))
-        # One query after the other needs no groups; worth it while each sequence has few.
-        self.one_by_one = cache.one_by_one and int(counts.max()) <= 8
-        self.longest = int(self.positions.max()) + 1
-        self.groups = [] if self.one_by_one else list(self._groups(rows, starts, counts))
+        self.groups = list(self._groups(rows, starts, counts))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
@@ -135,10 +127,6 @@ class CacheView:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         keys.index_copy_(0, self.slots, k[0].to(keys.dtype))
         values.index_copy_(0, self.slots, v[0].to(keys.dtype))
-        if self.one_by_one:
-            places = (torch.from_numpy(x) for x in (self.cache.table, self.token_rows, self.positions))
-            size = self.cache.block_size
-            return paged_attention(q[0], keys, values, *places, size, self.first_key, self.longest)[None]
         outs = [self._attend_group(group, q, k, v, keys, values) for group in self.groups]
         return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
 

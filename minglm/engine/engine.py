@@ -90,15 +90,7 @@ class Engine:
             longest = -(-config.max_position_embeddings // block_size)
             num_blocks = max(1, min(max_running * longest, self.DEFAULT_CACHE_BYTES // each))
         self.cache = PagedCache(
-            config,
-            layers,
-            num_blocks,
-            block_size,
-            max_running,
-            self.device,
-            dtype,
-            with_mtp=draft_tokens > 0,
-            one_by_one=self.gear == "inference" and weight.dtype == torch.float32,
+            config, layers, num_blocks, block_size, max_running, self.device, dtype, with_mtp=draft_tokens > 0
         )
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, max_batch_tokens, max_running, draft_tokens)
