@@ -198,8 +198,7 @@ def _pieces(
     keep_reasoning: bool,
 ) -> list[Piece]:
     _check_messages(messages)
-    if enable_thinking is not None and not isinstance(enable_thinking, bool):
-        raise ChatError(f"enable_thinking is {enable_thinking!r}; wanted True, False or None", key="enable_thinking")
+    _check_mode(enable_thinking)
     pieces = [*_template_text("[gMASK]<sop>")]
     if tools:
         pieces += _tools_pieces(tools)
@@ -381,6 +380,11 @@ def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
         role = message.get("role")
         if role not in roles:
             raise ChatError(f"messages[{index}].role is {role!r:.100}; wanted one of {roles}", index=index, key="role")
+
+
+def _check_mode(enable_thinking: Any) -> None:
+    if enable_thinking is not None and not isinstance(enable_thinking, bool):
+        raise ChatError(f"enable_thinking is {enable_thinking!r:.60}; wanted True, False or None", key="enable_thinking")
 
 
 def _check_tools(tools: Any) -> Sequence[Mapping[str, Any]]:
@@ -923,15 +927,17 @@ def tool_grammar(
         tools: as for `render`.
         tool_choice: "auto": calls or none. "required": thinking, then at least one call. `{"name": ...}`, or OpenAI's
             `{"type": "function", "function": {"name": ...}}`: thinking, then one call of this tool. "none": no call.
-        enable_thinking: False where the prompt already holds the empty thinking; else the model may think first.
+        enable_thinking: True: the model opens with a thinking. None: it may. False: the prompt already holds the empty
+            one.
         parallel_calls: whether there may be several calls.
 
     Returns:
         None if there are no tools: nothing to constrain.
 
     Raises:
-        ChatError: unfit tools; a choice of a tool that is not there; an unknown choice.
+        ChatError: unfit tools; a choice of a tool that is not there; an unknown choice or mode.
     """
+    _check_mode(enable_thinking)
     known = signatures(tools)
     names, at_least_one = _chosen(known, tool_choice)
     if not known:
@@ -945,7 +951,7 @@ def tool_grammar(
         'thinking: "\\n" <think> THOUGHT? </think>',
         "answer: CONTENT? (<|user|> | <|endoftext|>)",
     ]
-    first = "thinking? " if enable_thinking is not False else ""
+    first = {True: "thinking ", None: "thinking? ", False: ""}[enable_thinking]
     if not names:
         return "\n".join([f"start: {first}answer", *lines]) + "\n"
     several = parallel_calls and not isinstance(tool_choice, Mapping)

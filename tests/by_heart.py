@@ -10,7 +10,7 @@ from functools import cache
 import torch
 import uvicorn
 
-from minglm.chat import render_tokens
+from minglm.chat import render, render_tokens
 from minglm.config import GLMConfig
 from minglm.engine.engine import Engine
 from minglm.model import GLM
@@ -33,7 +33,7 @@ WEATHER = {
 SCRIPT = 'See <b>this</b>: <script>window.hacked = "yes"</script> & `code`.'
 CODE = "Here:\n\n```python\nprint(1 < 2)\n```\n\nThat is all."
 THOUGHT, CONCLUSION = "Two and two are four, of course.", "It is four."
-ENDLESS = "la " * 80
+ENDLESS = "la " * 40
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Learnt:
     thinking: bool | None = None
     tools: tuple = ()
     endless: bool = False
+
+    @property
+    def messages(self) -> list[dict]:
+        return [{"role": "user", "content": self.question}, {"role": "assistant", **self.message}]
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris", "days": 3}}}
@@ -62,8 +66,8 @@ CONVERSATIONS = (
 @cache
 def learnt() -> tuple[GLM, Tokenizer]:
     """The same for everybody in a process: nobody may change the weights."""
-    texts = [str(one.message) + one.question for one in CONVERSATIONS] * 4
-    tokenizer = train_tokenizer(texts, 420, show_progress=False)
+    texts = [render(one.messages, one.tools) for one in CONVERSATIONS] * 4  # long tokens, short conversations
+    tokenizer = train_tokenizer(texts, 640, show_progress=False)
     torch.manual_seed(0)
     config = GLMConfig(
         vocab_size=tokenizer.vocab_size,
@@ -101,9 +105,7 @@ def _batch(tokenizer: Tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
     """ids and labels (conversations, longest) int64; -100 where the model is not to write."""
     rows = []
     for one in CONVERSATIONS:
-        messages = [{"role": "user", "content": one.question}, {"role": "assistant", **one.message}]
-        tools, end = list(one.tools) or None, not one.endless
-        rendered = render_tokens(tokenizer, messages, tools, one.thinking, end_of_turn=end)
+        rendered = render_tokens(tokenizer, one.messages, one.tools, one.thinking, end_of_turn=not one.endless)
         rows.append((rendered.ids, rendered.assistant_mask))
     longest = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), longest), tokenizer.end_of_document_id)

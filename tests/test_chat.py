@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from minglm.chat import MODES, ChatError, parse, render, render_tokens
+from minglm.chat import MODES, ChatError, parse, render, render_tokens, tool_grammar
 from minglm.tokenizer import SPECIAL_TOKENS, train_tokenizer
 
 # The published template's semantics in Jinja, rendered by transformers.
@@ -171,7 +171,7 @@ def test_a_value_that_holds_its_closing_tag_gets_a_backslash_and_nothing_else_ch
     assert render([*messages, turn(value)]) == reference([*messages, turn(escaped)], None, None, False)
 
 
-def test_render_is_what_the_paper_s_users_see():
+def test_a_conversation_spelt_out():
     tools = [{"type": "function", "function": {"name": "wetter", "parameters": {"type": "object", "properties": {}}}}]
     messages = [
         {"role": "system", "content": "Kurz."},
@@ -410,6 +410,8 @@ def test_unfit_tools_and_modes_are_refused():
     for mode in ("yes", 0, 1):
         with pytest.raises(ChatError, match="enable_thinking"):
             render([], enable_thinking=mode)
+        with pytest.raises(ChatError, match="enable_thinking"):
+            tool_grammar(None, enable_thinking=mode)
 
 
 def test_parse_takes_a_turn_a_turn_with_its_mark_and_a_conversation():

@@ -223,10 +223,15 @@ def test_one_call_only_where_calls_may_not_be_parallel(tokenizer, compiler):
 
 def test_the_mode_says_whether_the_model_may_think(tokenizer, compiler):
     ids = turn_ids(tokenizer, "hm", "Hi", [])
-    assert refused_at(tokenizer, compiler, tool_grammar(TOOLS, "none", True), ids) is None
+    for mode in (True, None):
+        assert refused_at(tokenizer, compiler, tool_grammar(TOOLS, "none", mode), ids) is None
     assert refused_at(tokenizer, compiler, tool_grammar(TOOLS, "none", False), ids) == ids.index(
         tokenizer.special_ids["<think>"]
     )
+
+    unthinking = tokenizer.encode("\nHi<|user|>", allow_special=True)
+    assert refused_at(tokenizer, compiler, tool_grammar(TOOLS, "none", True), unthinking) == 1
+    assert refused_at(tokenizer, compiler, tool_grammar(TOOLS, "none", None), unthinking) is None
 
 
 def test_no_tools_no_grammar_and_unknown_choices_are_refused():

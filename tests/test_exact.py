@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minglm import GLM, GLMConfig, exact, ops
 from minglm.engine.engine import Engine
+from minglm.engine.exact import measure_cost, measure_gap, report, trainers_log_probs
 from minglm.engine.sampling import SamplingParams
 from minglm.model import KVCache
 
@@ -185,13 +186,6 @@ def test_attention_has_the_same_bits_however_many_scores_it_holds_at_once(seed, 
 # ----------------------------------------------------------------------------------------------------- engine and trainer
 
 
-def trainers_log_probs(model: GLM, ids: list[int]) -> Tensor:
-    """Of each token but the first, as a trainer computes them: one pass over the whole sequence."""
-    row = torch.tensor(ids)
-    hidden = model(row[None]).hidden_states[0]
-    return ops.token_log_probs(hidden[:-1], model.lm_head.weight, row[1:])
-
-
 @given(
     model=models(),
     prompts=st.lists(lengths, min_size=1, max_size=5),
@@ -239,6 +233,24 @@ def test_preemption_and_shared_prefixes_change_no_bit():
         with exactly():
             wanted = trainers_log_probs(model, completion.prompt_ids + completion.ids)[-30:]
         assert torch.equal(torch.tensor(completion.logprobs), wanted)
+
+
+def test_the_measured_gap_of_engine_and_trainer_is_zero_in_the_exact_gear_alone():
+    model = model_of(hidden_size=64, num_attention_heads=8)
+    sizes = dict(sequences=5, prompt_tokens=20, new_tokens=50)
+    assert measure_gap(model, "exact", **sizes) == (0.0, 0.0, 250)
+    fast = measure_gap(model, "torch", **sizes)
+    assert 0 < fast.mean <= fast.largest < 1e-3
+
+
+def test_costs_are_measured_and_reported(monkeypatch):
+    model = model_of()
+    costs = measure_cost(model, repeats=1, new_tokens=2)
+    assert [cost.ratio > 0 for cost in costs] == [True] * 3
+    monkeypatch.setattr("minglm.engine.exact.measure_cost", lambda model: costs)
+    text = report(model)
+    assert "gear exact  largest gap 0.00e+00, mean 0.00e+00" in text
+    assert all(f"{cost.work:34}" in text and f"{cost.ratio:.2f} times" in text for cost in costs)
 
 
 # ------------------------------------------------------------------------------------------------------ these laws can fail

@@ -53,7 +53,7 @@ class ChatChoice:
             self._ids += output.new_ids
             new["token_ids"] = output.new_ids
         if self._request.return_experts:
-            new["experts"] = output.experts.tolist()
+            new["experts"] = _experts(output)
             self._experts += new["experts"]
         if errors:
             new["tool_call_errors"] = errors
@@ -122,7 +122,7 @@ class CompletionChoice:
         if self._request.return_token_ids:
             new["token_ids"] = output.new_ids
         if self._request.return_experts:
-            new["experts"] = output.experts.tolist()
+            new["experts"] = _experts(output)
         self._new.append(new)
         return new
 
@@ -155,6 +155,8 @@ class CompletionChoice:
 def logprob_entries(tokenizer: Tokenizer, output: RequestOutput, top: int) -> list[dict[str, Any]]:
     """OpenAI's form of the log-probabilities of the new tokens, each with its `top` likeliest."""
     entries = []
+    if not output.new_ids:  # the prompt is still being read
+        return entries
     for position, (id, logprob) in enumerate(zip(output.new_ids, output.logprobs, strict=True)):
         best = output.top_logprobs[position][:top] if top else []
         entries.append(
@@ -162,6 +164,11 @@ def logprob_entries(tokenizer: Tokenizer, output: RequestOutput, top: int) -> li
             | {"top_logprobs": [_logprob_entry(tokenizer, best_id, best_logprob) for best_id, best_logprob in best]}
         )
     return entries
+
+
+def _experts(output: RequestOutput) -> list:
+    """[position][MoE layer][choice]; nothing from a model without such layers."""
+    return [] if output.experts is None else output.experts.tolist()
 
 
 def _logprob_entry(tokenizer: Tokenizer, id: int, logprob: float) -> dict[str, Any]:

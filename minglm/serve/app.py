@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import ipaddress
@@ -11,7 +12,6 @@ import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def build_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> ASGIA
     if settings.weights_token is not None:
         routes.append(Route("/v1/weights", server.update_weights, methods=["POST"]))
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         server.worker.start()
         yield
@@ -97,7 +97,8 @@ def run(app: ASGIApp, host: str, port: int) -> None:
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3, server_header=False, lifespan="on"
     )
-    uvicorn.Server(config).run()
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
+        uvicorn.Server(config).run()
 
 
 def context_of(engine: Engine) -> int:
@@ -211,7 +212,7 @@ class _Server:
         except ValueError as error:  # a character that the vocabulary lacks
             raise ApiError(400, _sentence(error), param="messages", code="invalid_message") from error
         # The template leaves <think> to the model, which may then choose not to think. Where thinking is asked for, the
-        # prompt opens it; but a grammar of calls begins where the template ends.
+        # grammar of calls makes it write <think>; where there is none, the prompt does.
         opens_thinking = bool(thinking) and grammar is None
         if opens_thinking:
             ids = [*ids, *self._tokenizer.encode("\n<think>", allow_special=True)]
@@ -284,13 +285,15 @@ class _Server:
             return json.dumps(envelope.whole([choice.whole() for choice in choices], used(), **more), ensure_ascii=False)
 
         async def events() -> AsyncIterator[str]:
-            options = wanted.stream_options
+            options, first = wanted.stream_options, more
             if kind == "chat.completion":
                 for choice in choices:
                     opening = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}
-                    yield envelope.event([opening], **more)
+                    yield envelope.event([opening], **first)
+                    first = {}
             async for new in news:
-                yield envelope.event([new], **({"usage": used()} if options.continuous_usage_stats else {}))
+                yield envelope.event([new], **first, **({"usage": used()} if options.continuous_usage_stats else {}))
+                first = {}
             if options.include_usage:
                 yield envelope.event([], usage=used())
             yield END_OF_EVENTS

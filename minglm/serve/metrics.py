@@ -50,5 +50,13 @@ class _EngineCollector:
         yield GaugeMetricFamily("minglm_open_answers", "Answers being written or waiting", worker.open_answers)
         yield GaugeMetricFamily("minglm_weights_version", "How often the weights were replaced", worker.weights_version)
         yield CounterMetricFamily("minglm_preemptions", "Sequences put back for want of blocks", value=stats.preemptions)
+        yield CounterMetricFamily("minglm_prefix_hit_tokens", "Prompt tokens found in the cache", value=stats.prefix_hit_tokens)
+        for name, counts in {"drafted": stats.drafted, "accepted": stats.accepted}.items():
+            family = CounterMetricFamily(
+                f"minglm_{name}_tokens", f"Tokens {name} by position in the draft", labels=["position"]
+            )
+            for position, count in enumerate(counts, 1):
+                family.add_metric([str(position)], count)
+            yield family
         yield CounterMetricFamily("minglm_cancelled", "Answers given up because the client went", value=worker.cancelled)
         yield CounterMetricFamily("minglm_engine_failures", "Steps that failed", value=worker.failures)

@@ -103,7 +103,8 @@ class _Generation(_Part):
     return_token_ids: bool = False
     """Also give the ids of prompt and answer: a trainer must see exactly what was sampled."""
     return_experts: bool = False
-    """Also give the experts that each new token was routed to, by MoE layer."""
+    """Also give the experts that tokens were routed to, [position][MoE layer][choice], the prompt's first. The last token
+    of an answer has none: it was never fed to the model."""
 
     @field_validator("stop_token_ids")
     @classmethod
