@@ -85,6 +85,12 @@ class _Reader(ast.NodeVisitor):
 
     visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
 
+    def visit_If(self, node: ast.If) -> None:
+        for_types_only = getattr(node.test, "attr", getattr(node.test, "id", None)) == "TYPE_CHECKING"  # never loaded
+        self.depth += for_types_only
+        self.generic_visit(node)
+        self.depth -= for_types_only
+
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
             self._add(node, alias.name)
