@@ -94,11 +94,24 @@ def build_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> ASGIA
 
 def run(app: ASGIApp, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM; then answers under way have three seconds."""
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3, server_header=False, lifespan="on"
-    )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
-        uvicorn.Server(config).run()
+        uvicorn_server(app, host, port).run()
+
+
+def uvicorn_server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
+    """What `run` runs; port 0 takes a free one."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        lifespan="on",
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        # Longer than clients keep idle connections (5 s in OpenAI's): else one may send just when we hang up.
+        timeout_keep_alive=75,
+    )
+    return uvicorn.Server(config)
 
 
 def context_of(engine: Engine) -> int:
