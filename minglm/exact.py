@@ -38,6 +38,8 @@ class _ExactForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name: str, exact: Callable, *arguments) -> Tensor:
         ctx.name = name
+        device = arguments[0].device.type
+        ctx.autocast = dict(device_type=device, dtype=torch.get_autocast_dtype(device), enabled=ops.autocasts(device))
         ctx.tensors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
         ctx.others = [None if i in ctx.tensors else x for i, x in enumerate(arguments)]
         ctx.save_for_backward(*(arguments[i] for i in ctx.tensors))
@@ -50,9 +52,8 @@ class _ExactForward(torch.autograd.Function):
             arguments[i] = x.detach().requires_grad_(ctx.needs_input_grad[i + 2])
             if arguments[i].requires_grad:
                 wanted.append(i)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
             out = ops.form(ctx.name, "torch")(*arguments)
-        # Under autocast the value has a narrower dtype than this one, which runs after it.
         found = torch.autograd.grad(out, [arguments[i] for i in wanted], dout.to(out.dtype))
         gradients = dict(zip(wanted, found, strict=True))
         return None, None, *(gradients.get(i) for i in range(len(arguments)))
