@@ -22,6 +22,7 @@ from by_heart import CALL, CONCLUSION, SCRIPT, THOUGHT, WEATHER, learnt, serving
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.model import GLM
+from minglm.serve import app
 from minglm.serve.protocol import MAX_CHOICES
 
 LIMIT = 200_000  # bytes of a body
@@ -434,6 +435,17 @@ def test_drafts_change_no_answer_and_are_counted():
         wait_until_idle(served)
     counts = dict(re.findall(r'minglm_(\w+)_tokens_total{position="1"} ([\d.]+)', metrics))
     assert 0 < float(counts["accepted"]) <= float(counts["drafted"])
+
+
+def test_a_stream_that_has_nothing_to_say_shows_that_it_lives(monkeypatch):
+    monkeypatch.setattr(app, "KEEP_ALIVE_SECONDS", 0.06)
+    model, tokenizer = learnt()
+    engine = Engine(model, tokenizer)
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.15), step())[1])
+    with serving(engine, tokenizer) as served:
+        text = httpx.post(f"{served.url}/v1/chat/completions", json=body(stream=True, max_tokens=3), timeout=60).text
+    assert text.count(": still working\n\n") >= 2 and text.endswith("data: [DONE]\n\n")
 
 
 def test_return_experts_gives_the_choice_of_every_token_that_was_fed(served):

@@ -412,20 +412,22 @@ class _Stream(Response):
             self._close()
 
     async def _send_all(self, send: Send) -> None:
+        sent = time.monotonic()
+
         async def send_text(text: str, more: bool = True) -> None:
+            nonlocal sent
+            sent = time.monotonic()
             await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
-        following = None
-        try:
+        async def keep_alive() -> None:
             while True:
-                following = following or asyncio.ensure_future(anext(self._events, None))
-                done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
-                if not done:
+                await asyncio.sleep(KEEP_ALIVE_SECONDS / 3)
+                if time.monotonic() - sent > KEEP_ALIVE_SECONDS:
                     await send_text(": still working\n\n")
-                    continue
-                text, following = following.result(), None
-                if text is None:
-                    break
+
+        keeping = asyncio.ensure_future(keep_alive())
+        try:
+            async for text in self._events:
                 await send_text(text)
         except ApiError as error:  # the status has been sent already
             await send_text(event(error.body()))
@@ -433,9 +435,7 @@ class _Stream(Response):
             logger.exception("a stream failed")
             await send_text(event(ApiError(500, "The server failed; its log has the details.").body()))
         finally:
-            if following is not None:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+            keeping.cancel()
             await self._events.aclose()
         await send_text("", more=False)
 
