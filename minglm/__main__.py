@@ -144,7 +144,7 @@ class Serve:
     """Address to listen on; 0.0.0.0 for everyone who can reach this machine (then give an API key)."""
     port: int = 8000
     name: str | None = None
-    """What requests call the model (by default the folder's name)."""
+    """What requests call the model (by default the folder's name, such as demo-step-600)."""
     api_key: str | None = None
     """Asked of everyone; better given as the environment variable MINGLM_API_KEY, which other users cannot see."""
     weights_token: str | None = None
@@ -337,7 +337,7 @@ def run_serve(command: Serve) -> int:
     folder = _find_checkpoint(command.loading.folder)
     engine, tokenizer = _load_engine(command.loading, folder, command.max_running)
     settings = Settings(
-        model_name=command.name or folder.resolve().name,
+        model_name=command.name or _name_of(folder.resolve()),
         api_key=command.api_key or os.environ.get("MINGLM_API_KEY"),
         weights_token=command.weights_token or os.environ.get("MINGLM_WEIGHTS_TOKEN"),
         max_body_bytes=int(command.max_body_mb * 2**20),
@@ -370,6 +370,11 @@ def _find_checkpoint(folder: Path | None) -> Path:
         wanted = f"found no checkpoint in {run.path}; wanted a folder with config.json, or a run folder"
         raise ConfigError(f"{wanted}; `{PROGRAM}` trains one in minutes" if folder is None else wanted)
     return newest
+
+
+def _name_of(folder: Path) -> str:
+    """runs/demo/checkpoints/step-600 is demo-step-600."""
+    return f"{folder.parents[1].name}-{folder.name}" if folder.parent.name == "checkpoints" else folder.name
 
 
 def _load_engine(loading: Loading, folder: Path, max_running: int) -> "tuple[Engine, Tokenizer]":

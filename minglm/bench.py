@@ -1,4 +1,5 @@
-"""How fast this machine trains: minglm beside Hugging Face's `Glm4MoeForCausalLM`, as ratios from one run.
+"""How fast this machine trains: minglm beside Hugging Face's `Glm4MoeForCausalLM`, as ratios from one run. (How fast it
+writes: `bench_decoding`.)
 
 Speeds differ from machine to machine and from minute to minute, so every number is a median over repeats in which the
 contestants take turns, next to the matrix-product peak that was measured in the same minute. All contestants start from
@@ -248,10 +249,14 @@ def report(result: dict) -> str:
 
 
 def main(sizes: tuple[str, ...], out: Path | None, repeats: int | None = None) -> None:
-    """Run and print the workloads `sizes`; with `out`, also append each result to that file, one JSON object a line."""
+    """Run and print training and decoding at `sizes`; with `out`, also append the results there, one JSON object a line."""
+    from minglm import bench_decoding
+
     for size in sizes:
         result = run(size, repeats=repeats)
         print(report(result) + "\n")
+        result |= bench_decoding.run(size, repeats=repeats or 3)
+        print(bench_decoding.report(result) + "\n")
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8") as file:

@@ -38,6 +38,8 @@ class _ExactForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name: str, exact: Callable, *arguments) -> Tensor:
         ctx.name = name
+        device = arguments[0].device.type
+        ctx.autocast = dict(device_type=device, dtype=torch.get_autocast_dtype(device), enabled=ops.autocasts(device))
         ctx.tensors = [i for i, x in enumerate(arguments) if isinstance(x, Tensor)]
         ctx.others = [None if i in ctx.tensors else x for i, x in enumerate(arguments)]
         ctx.save_for_backward(*(arguments[i] for i in ctx.tensors))
@@ -50,9 +52,8 @@ class _ExactForward(torch.autograd.Function):
             arguments[i] = x.detach().requires_grad_(ctx.needs_input_grad[i + 2])
             if arguments[i].requires_grad:
                 wanted.append(i)
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
             out = ops.form(ctx.name, "torch")(*arguments)
-        # Under autocast the value has a narrower dtype than this one, which runs after it.
         found = torch.autograd.grad(out, [arguments[i] for i in wanted], dout.to(out.dtype))
         gradients = dict(zip(wanted, found, strict=True))
         return None, None, *(gradients.get(i) for i in range(len(arguments)))
@@ -148,9 +149,9 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tenso
     if not q.numel():
         return torch.empty_like(q)
     # All heads of a group share their keys: their queries are rows of the same tiles, in the order of their positions.
-    q = _whole(rearrange(q * d**-0.5, "b t (kv g) d -> (b kv) (t g) d", kv=kv_heads), ROWS, 16)
-    q = q.view(b * kv_heads, -1, ROWS, q.shape[-1])  # (pairs, tiles, ROWS, d)
-    k, v = (_whole(rearrange(x, "b s kv d -> (b kv) s d"), KEYS, 16).unflatten(1, (-1, KEYS)) for x in (k, v))
+    q = (q * d**-0.5).view(b, t, kv_heads, group, d).transpose(1, 2).reshape(b * kv_heads, t * group, d)
+    q = _whole(q, ROWS, 16).unflatten(1, (-1, ROWS))  # (pairs, tiles, ROWS, d), one pair a sequence and key head
+    k, v = (_whole(x.transpose(1, 2).flatten(0, 1), KEYS, 16).unflatten(1, (-1, KEYS)) for x in (k, v))
     out = q.new_empty(q.shape)
     at_once = max(1, SCORES // max(1, b * heads * (s + KEYS)) * group // ROWS)  # tiles
     for tiles in range(0, q.shape[1], at_once):
@@ -173,13 +174,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, kv_heads: int) -> 
 
     Two passes, since the largest score is the same in any order: then exp(score - largest), and its sums block after block.
     """
-    seen = visible.flatten(0, 1).any(0).nonzero()
-    blocks = 0 if len(seen) == 0 else int(seen[-1]) // KEYS + 1  # later blocks would add zero
-    k, v = k[:, :blocks], v[:, :blocks]
+    blocks = k.shape[1]
+    if q.shape[1] > 1:  # blocks that no query sees would add zero
+        seen = visible.flatten(0, 1).any(0).nonzero()
+        blocks = 0 if len(seen) == 0 else int(seen[-1]) // KEYS + 1
+        k, v = k[:, :blocks], v[:, :blocks]
     rows, keys = q.shape[1] * ROWS, blocks * KEYS
     visible = visible[..., :keys]
     visible = F.pad(visible, (0, keys - visible.shape[-1], 0, rows - visible.shape[1]))
-    hidden = rearrange(~visible, "b (tile r) (block key) -> b 1 block tile r key", r=ROWS, key=KEYS)
+    hidden = (~visible).view(-1, 1, q.shape[1], ROWS, blocks, KEYS).movedim(4, 2)  # (b, 1, blocks, tiles, ROWS, KEYS)
 
     scores = _blockwise(q[:, None].expand(-1, blocks, -1, -1, -1), k.mT).float()  # (pairs, blocks, tiles, ROWS, KEYS)
     scores.unflatten(0, (-1, kv_heads)).masked_fill_(hidden, float("-inf"))
@@ -224,6 +227,8 @@ def _routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor
     """Rows sorted by expert, each expert's rows in tiles of their own."""
     x, gate_up, down = ops.in_autocast_dtype(x, gate_up, down)
     (n, h), k, width = x.shape, experts.shape[1], down.shape[2]
+    if 0 < n * k <= ROWS and x.device.type == "cpu":
+        return _few_routed(x, experts.flatten(), weights.to(x.dtype).view(-1, 1), gate_up, down)
     slot_of_row, row_of_slot, ends = ops.sort_by_expert(experts, gate_up.shape[0])
     counts = ends.diff(prepend=ends.new_zeros(1))
     last_tiles = ((counts + ROWS - 1) // ROWS).cumsum(0)
@@ -241,6 +246,21 @@ def _routed_experts(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor
     rows = _grouped(_whole(act, 16), down, last_tiles)
     # A bag of embeddings adds a token's rows in their order.
     return F.embedding_bag(place[row_of_slot], rows, mode="sum")[:, :h]
+
+
+def _few_routed(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Decoding: each pair of token and expert has a tile and a copy of its expert, so there is nothing to sort or to loop over.
+
+    experts (n * k,), weights (n * k, 1).
+    """
+    (n, h), r, width = x.shape, len(experts), down.shape[2]
+    tiles = x.new_zeros(r, ROWS, h + -h % 16)
+    tiles.view(n, -1, ROWS, tiles.shape[2])[:, :, 0, :h] = x[:, None]
+    hidden = torch.bmm(tiles, _whole(gate_up[experts], 16, 16).mT)[:, 0]
+    act = x.new_zeros(r, ROWS, width + -width % 16)
+    act[:, 0, :width] = _silu(hidden[:, :width]).mul_(hidden[:, width : 2 * width]).mul_(weights)
+    rows = torch.bmm(act, _whole(down[experts], 16, 16).mT)[:, 0].contiguous()
+    return F.embedding_bag(torch.arange(r).view(n, -1), rows, mode="sum")[:, :h]
 
 
 def _grouped(rows: Tensor, matrices: Tensor, last_tiles: list[int]) -> Tensor:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import uvicorn
 
 from minglm.chat import render, render_tokens
 from minglm.config import GLMConfig
 from minglm.engine.engine import Engine
 from minglm.model import GLM
-from minglm.serve.app import Settings, build_app
+from minglm.serve.app import Settings, build_app, uvicorn_server
 from minglm.serve.worker import EngineWorker
 from minglm.tokenizer import Tokenizer, train_tokenizer
 
@@ -129,8 +128,7 @@ class Served:
 def serving(engine: Engine, tokenizer: Tokenizer, **settings: object) -> Iterator[Served]:
     """A server of our own on a free port, as uvicorn runs it, in a thread."""
     app = build_app(engine, tokenizer, Settings(**{"model_name": "parrot", **settings}))
-    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=3)
-    server = uvicorn.Server(config)
+    server = uvicorn_server(app, "127.0.0.1", 0)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()
     try:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from minglm import bench, shakespeare
+from minglm import bench, bench_decoding, shakespeare
 from minglm.config import ConfigError
 
 
@@ -61,3 +61,31 @@ def test_the_memory_of_a_step_is_measured_in_a_process_of_its_own():
     workload = bench.Workload("nano", sequences=1, length=32, repeats=1)
     weights_gradients_and_moments = 4 * 4 * 2_297_216
     assert weights_gradients_and_moments < bench.peak_memory("minglm, AdamW", workload) < 10 * weights_gradients_and_moments
+
+
+@pytest.fixture(scope="module")
+def decoding() -> dict:
+    few = {"unequal": bench_decoding.Requests((3, 9, 5), (4, 1, 2))}
+    return bench_decoding.run("nano", repeats=1, workloads=few)  # raises where the first tokens differ
+
+
+def test_everybody_writes_the_same_and_has_a_speed(decoding):
+    entries = decoding["decoding"]["unequal"]
+    assert len(entries) == 1 + len(bench_decoding.EXPERTS) * len(bench_decoding.CACHES)
+    assert min(entry["tokens_per_second"] for entry in entries.values()) > 0
+    assert min(entry["seconds_to_first_token"] for entry in entries.values()) > 0
+
+
+def test_the_decoding_report_divides_by_the_fastest_of_transformers(decoding):
+    entries = decoding["decoding"]["unequal"]
+    for who, entry in entries.items():
+        entry["tokens_per_second"] = 300.0 if who == "minglm" else 50.0
+    entries["transformers eager, static cache"]["tokens_per_second"] = 120.0
+    line = next(line for line in bench_decoding.report(decoding).splitlines() if line.strip().startswith("minglm"))
+    assert " 2.50 " in line
+
+
+def test_writers_that_disagree_are_not_timed(monkeypatch):
+    monkeypatch.setattr(bench_decoding, "_generate", lambda twin, cache: lambda prompts, lengths: [-1] * len(prompts))
+    with pytest.raises(RuntimeError, match="something else"):
+        bench_decoding.run("nano", repeats=1, workloads={"one": bench_decoding.Requests((4,), (2,))})

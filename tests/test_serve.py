@@ -1,10 +1,17 @@
 """The server as its clients see it: real weights that know their answers, over HTTP."""
 
 import asyncio
+import contextlib
 import json
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -15,6 +22,7 @@ from by_heart import CALL, CONCLUSION, SCRIPT, THOUGHT, WEATHER, learnt, serving
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.model import GLM
+from minglm.serve import app
 from minglm.serve.protocol import MAX_CHOICES
 
 LIMIT = 200_000  # bytes of a body
@@ -134,11 +142,20 @@ def test_openai_streamed_tool_calls_are_the_same(client):
 def test_openai_a_required_call_comes_whatever_the_model_would_say(client, choice, thinking):
     keys = {"chat_template_kwargs": {"enable_thinking": thinking}, "thinking_budget": 0}
     answer = ask(client, "hello", tools=[WEATHER], tool_choice=choice, max_tokens=300, extra_body=keys)
-    if answer.choices[0].finish_reason == "length":  # an endless string may be what an unwilling model writes
-        return
+    assert answer.choices[0].finish_reason == "tool_calls"
     for call in answer.choices[0].message.tool_calls:
         arguments = json.loads(call.function.arguments)
         assert call.function.name == "weather" and type(arguments["city"]) is str and type(arguments["days"]) is int
+
+
+def test_openai_a_call_that_is_cut_off_is_reported_and_not_completed(client):
+    answer = ask(client, "rain?", tools=[WEATHER], max_tokens=16)
+    choice = answer.choices[0]
+    assert choice.finish_reason == "length"
+    (error,) = choice.tool_call_errors
+    assert "end of the text" in error["message"] and error["position"] > 0
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(choice.message.tool_calls[0].function.arguments)
 
 
 def test_openai_tool_choice_none_means_no_call(client):
@@ -405,6 +422,43 @@ def test_an_api_key_is_asked_for_and_weights_want_their_own(tmp_path):
     assert answer["choices"][0]["text"] == wanted.text
 
 
+def test_drafts_change_no_answer_and_are_counted():
+    model, tokenizer = learnt()
+    engine = Engine(model, tokenizer, draft_tokens=2)
+    with serving(engine, tokenizer) as served, httpx.Client(base_url=served.url, timeout=60) as client:
+        for question, wanted in {"hello": "Hello! How are you?", "script": SCRIPT, "2+2?": CONCLUSION}.items():
+            answer = client.post("/v1/chat/completions", json=body(question)).json()
+            assert answer["choices"][0]["message"]["content"] == wanted
+        call = client.post("/v1/chat/completions", json=body("rain?", tools=[WEATHER])).json()["choices"][0]["message"]
+        assert json.loads(call["tool_calls"][0]["function"]["arguments"]) == CALL["function"]["arguments"]
+        metrics = client.get("/metrics").text
+        wait_until_idle(served)
+    counts = dict(re.findall(r'minglm_(\w+)_tokens_total{position="1"} ([\d.]+)', metrics))
+    assert 0 < float(counts["accepted"]) <= float(counts["drafted"])
+
+
+def test_a_stream_that_has_nothing_to_say_shows_that_it_lives(monkeypatch):
+    monkeypatch.setattr(app, "KEEP_ALIVE_SECONDS", 0.06)
+    model, tokenizer = learnt()
+    engine = Engine(model, tokenizer)
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: (time.sleep(0.15), step())[1])
+    with serving(engine, tokenizer) as served:
+        text = httpx.post(f"{served.url}/v1/chat/completions", json=body(stream=True, max_tokens=3), timeout=60).text
+    assert text.count(": still working\n\n") >= 2 and text.endswith("data: [DONE]\n\n")
+
+
+def test_return_experts_gives_the_choice_of_every_token_that_was_fed(served):
+    asked = body("hello", return_experts=True, return_token_ids=True)
+    whole = httpx.post(f"{served.url}/v1/chat/completions", json=asked).json()
+    choice, (prompt,) = whole["choices"][0], whole["prompt_token_ids"]
+    config = served.engine.model.config
+    assert len(choice["experts"]) == len(prompt) + len(choice["token_ids"]) - 1
+    layers = config.num_hidden_layers - config.first_k_dense_replace
+    assert all(len(layer) == config.num_experts_per_tok for token in choice["experts"] for layer in token)
+    assert {len(token) for token in choice["experts"]} == {layers}
+
+
 def test_a_step_that_fails_costs_its_answers_and_nothing_else(monkeypatch):
     model, tokenizer = learnt()
     engine = Engine(model, tokenizer)
@@ -418,3 +472,32 @@ def test_a_step_that_fails_costs_its_answers_and_nothing_else(monkeypatch):
         wait_until_idle(served)
         assert client.post("/v1/chat/completions", json=body()).json()["choices"][0]["message"]["content"]
         assert client.get("/health").status_code == 200
+
+
+def test_the_command_serves_a_folder_until_it_is_interrupted(tmp_path):
+    model, tokenizer = learnt()
+    folder = tmp_path / "runs" / "small" / "checkpoints" / "step-3"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "minglm", "serve", str(folder), "--port", str(port), "--device", "cpu"]
+    root = Path(__file__).parents[1]
+    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            with contextlib.suppress(httpx.ConnectError):
+                assert httpx.get(f"{url}/health").json()["model"] == "small-step-3"
+                break
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.1)
+        second = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60)
+        assert second.returncode != 0 and "address already in use" in second.stderr
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body(), timeout=60).json()
+        assert answer["choices"][0]["message"]["content"] == "Hello! How are you?"
+    finally:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and url in out and err == ""

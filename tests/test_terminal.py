@@ -132,7 +132,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(folder):
     reader.until("la la la")
     process.send_signal(signal.SIGINT)
     assert "cut off" not in reader.until(", stopped]")
-    out, _ = process.communicate(b"hello\n", timeout=60)
+    out, _ = process.communicate(b"/reset\nhello\n", timeout=60)
     assert "How are you?" in reader.text + out.decode() and process.returncode == 0
 
 

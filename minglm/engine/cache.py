@@ -51,6 +51,10 @@ class PagedCache:
         values = 2 * layers * config.num_key_value_heads * config.head_dim + with_mtp * config.hidden_size
         return values * block_size * dtype.itemsize
 
+    def view(self, rows: list[int], starts: list[int], counts: list[int], first_key: int = 0) -> "CacheView":
+        """For a pass over counts[i] tokens from position starts[i] on of the sequence in row rows[i]."""
+        return CacheView(self, np.array(rows), np.array(starts), np.array(counts), first_key)
+
     def slots(self, rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The slot of each (row, position), (n,) int64."""
         return self.table[rows, positions // self.block_size] * self.block_size + positions % self.block_size

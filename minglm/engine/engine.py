@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from minglm import ops
 from minglm.engine import speculative
 from minglm.engine.blocks import BlockManager
-from minglm.engine.cache import CacheView, PagedCache
+from minglm.engine.cache import PagedCache
 from minglm.engine.constraints import Constraint, ThinkingBudget
 from minglm.engine.grammar import GrammarCompiler
 from minglm.engine.sampling import DRAW, SamplingParams, Settings, distribution, draw, uniforms
@@ -95,6 +94,7 @@ class Engine:
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, max_batch_tokens, max_running, draft_tokens)
         self.grammars = GrammarCompiler(tokenizer)
+        self.drafter = speculative.Drafter(model, self.cache, self.vocab_size) if draft_tokens else None
         self.weights_version = 0
         self._sequences: dict[int, Sequence] = {}
         self._cancelled: list[RequestOutput] = []
@@ -249,20 +249,15 @@ class Engine:
         for sequence, *_ in scheduled:
             self.cache.table[sequence.row, : len(sequence.blocks)] = sequence.blocks
         with ops.using(self.gear):
-            proposals = speculative.propose(self, scheduled) if any(item.drafts for item in scheduled) else None
+            proposals = self.drafter.propose(scheduled) if any(item.drafts for item in scheduled) else None
             outputs += self._compute(scheduled, proposals)
         self._counts.steps += 1
         return outputs
 
-    def view(self, sequences: list[Sequence], starts: list[int], counts: list[int], first_key: int = 0) -> CacheView:
-        rows = np.array([sequence.row for sequence in sequences])
-        return CacheView(self.cache, rows, np.array(starts), np.array(counts), first_key)
-
     def _compute(self, scheduled: list[Scheduled], proposals: speculative.Proposals | None) -> list[RequestOutput]:
         """The pass of the model over all scheduled tokens, and what follows from it."""
-        view = self.view(
-            [item.sequence for item in scheduled], [item.start for item in scheduled], [item.count for item in scheduled]
-        )
+        rows, starts = [item.sequence.row for item in scheduled], [item.start for item in scheduled]
+        view = self.cache.view(rows, starts, [item.count for item in scheduled])
         scheduled, ends = [scheduled[i] for i in view.order], view.ends.tolist()
         ids = []
         for sequence, count, drafts, start in scheduled:
@@ -272,7 +267,7 @@ class Engine:
         hidden, experts = self.model.step(torch.tensor([ids], device=self.device), view)
         if self.cache.hidden is not None:
             self.cache.hidden[view.slots] = hidden[0].to(self.cache.hidden.dtype)
-            speculative.follow(self, scheduled)
+            self.drafter.follow(scheduled)
 
         sampling = [(item, end) for item, end in zip(scheduled, ends, strict=True) if item.samples]
         tokens = {}
@@ -302,7 +297,7 @@ class Engine:
             self._constrain(items, allowed, proposals)
         settings = Settings.of([sequence.params for sequence in sequences], self.vocab_size, self.device)
         if proposals is not None and any(item.drafts for item in items):
-            drawn = speculative.verify(self, items, allowed, settings, proposals)
+            drawn = speculative.verify(items, allowed, settings, proposals)
         elif settings.greedy:
             drawn = [[id] for id in allowed.argmax(-1).tolist()]
         else:

@@ -10,17 +10,16 @@ replaced by a draw from max(0, p - q), normalised. The answer is then distribute
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minglm.engine.cache import PagedCache
 from minglm.engine.sampling import ACCEPT, DRAFT, DRAW, RESIDUAL, Settings, distribution, draw, uniforms
 from minglm.engine.scheduler import Scheduled
-
-if TYPE_CHECKING:
-    from minglm.engine.engine import Engine
+from minglm.engine.sequence import Sequence
+from minglm.model import GLM
 
 
 @dataclass
@@ -39,68 +38,78 @@ class Proposals:
         return certain
 
 
-def propose(engine: Engine, scheduled: list[Scheduled]) -> Proposals:
-    """Draft tokens for the sequences that want some. The layer first catches up with the tokens that were accepted."""
-    items = sorted((item for item in scheduled if item.drafts), key=lambda item: -item.drafts)
-    sequences = [item.sequence for item in items]
-    settings = Settings.of([sequence.params for sequence in sequences], engine.vocab_size, engine.device)
-    hidden = _catch_up(engine, items, [len(sequence.ids) for sequence in sequences])
-    found = Proposals({s.request_id: [] for s in sequences}, None if settings.greedy else {s.request_id: [] for s in sequences})
-    constraints = [None if s.constraint is None else s.constraint.fork() for s in sequences]
-    for i in range(items[0].drafts):
-        active = [item.sequence for item in items if item.drafts > i]  # the first ones: most drafts first
-        logits = engine.model.lm_head(hidden[: len(active)])[:, : engine.vocab_size]
-        for row, constraint in zip(logits, constraints, strict=False):
-            if constraint is not None:
-                constraint.hide(row)
-        if settings.greedy:
-            ids = logits.argmax(-1)
-        else:
-            q = distribution(logits, settings.take(slice(len(active))))
-            ids = draw(q, uniforms([s.seed for s in active], [len(s.ids) + i for s in active], DRAFT))
-        for row, (id, sequence) in enumerate(zip(ids.tolist(), active, strict=True)):
-            found.drafts[sequence.request_id].append(id)
-            if found.distributions is not None:
-                found.distributions[sequence.request_id].append(q[row])
-            if constraints[row] is not None:
-                constraints[row].advance(id)
-        going_on = [item.sequence for item in items if item.drafts > i + 1]
-        if going_on:
-            hidden = _again(engine, going_on, hidden, ids, i)
-    return found
+class Drafter:
+    """The MTP layer of `model` at work on the engine's `cache`; ids from `vocab_size` on are never drafted."""
+
+    def __init__(self, model: GLM, cache: PagedCache, vocab_size: int):
+        self.model, self.cache, self.vocab_size = model, cache, vocab_size
+        self.device = cache.keys.device
+
+    def propose(self, scheduled: list[Scheduled]) -> Proposals:
+        """Draft tokens for the sequences that want some. The layer first catches up with the tokens that were accepted."""
+        items = sorted((item for item in scheduled if item.drafts), key=lambda item: -item.drafts)
+        sequences = [item.sequence for item in items]
+        settings = Settings.of([sequence.params for sequence in sequences], self.vocab_size, self.device)
+        hidden = self._catch_up(items, [len(sequence.ids) for sequence in sequences])
+        found = Proposals(
+            {s.request_id: [] for s in sequences}, None if settings.greedy else {s.request_id: [] for s in sequences}
+        )
+        constraints = [None if s.constraint is None else s.constraint.fork() for s in sequences]
+        for i in range(items[0].drafts):
+            active = [item.sequence for item in items if item.drafts > i]  # the first ones: most drafts first
+            logits = self.model.lm_head(hidden[: len(active)])[:, : self.vocab_size]
+            for row, constraint in zip(logits, constraints, strict=False):
+                if constraint is not None:
+                    constraint.hide(row)
+            if settings.greedy:
+                ids = logits.argmax(-1)
+            else:
+                q = distribution(logits, settings.take(slice(len(active))))
+                ids = draw(q, uniforms([s.seed for s in active], [len(s.ids) + i for s in active], DRAFT))
+            for row, (id, sequence) in enumerate(zip(ids.tolist(), active, strict=True)):
+                found.drafts[sequence.request_id].append(id)
+                if found.distributions is not None:
+                    found.distributions[sequence.request_id].append(q[row])
+                if constraints[row] is not None:
+                    constraints[row].advance(id)
+            going_on = [item.sequence for item in items if item.drafts > i + 1]
+            if going_on:
+                hidden = self._again(going_on, hidden, ids, i)
+        return found
+
+    def _catch_up(self, items: list[Scheduled], ends: list[int]) -> Tensor:
+        """Make the layer's entries for the tokens up to `ends`, and return its states at the last ones (items, h)."""
+        sequences = [item.sequence for item in items]
+        starts = [sequence.drafted for sequence in sequences]
+        view = self.cache.view(
+            [s.row for s in sequences], starts, [end - start for start, end in zip(starts, ends, strict=True)], first_key=1
+        )
+        ids = []
+        for i in view.order:
+            ids += sequences[i].ids[starts[i] : ends[i]]
+            sequences[i].drafted = ends[i]
+        before = torch.from_numpy(self.cache.slots(view.token_rows, view.positions - 1)).to(self.device)
+        states = self.cache.hidden.index_select(0, before).to(self.model.lm_head.weight.dtype)
+        hidden = self.model.mtp_step(states[None], torch.tensor([ids], device=self.device), view)
+        return hidden[0, view.ends[np.argsort(view.order)]]
+
+    def _again(self, sequences: list[Sequence], hidden: Tensor, ids: Tensor, made: int) -> Tensor:
+        """The layer applied to its own output `hidden` and the draft `ids` that it led to, (rows, ...) -> its next states."""
+        view = self.cache.view(
+            [s.row for s in sequences], [len(s.ids) + made for s in sequences], [1] * len(sequences), first_key=1
+        )
+        order = torch.from_numpy(view.order).to(self.device)
+        hidden = self.model.mtp_step(hidden[order][None], ids[order][None], view)[0]
+        return hidden[torch.argsort(order)]
+
+    def follow(self, scheduled: list[Scheduled]) -> None:
+        """After the trunk's pass over pieces of prompts: the layer's entries for the same tokens."""
+        items = [item for item in scheduled if item.drafts == 0 and item.start + item.count - item.sequence.drafted > 1]
+        if items:
+            self._catch_up(items, [item.start + item.count for item in items])
 
 
-def _catch_up(engine: Engine, items: list[Scheduled], ends: list[int]) -> Tensor:
-    """Make the layer's entries for the tokens up to `ends`, and return its states at the last ones (items, h)."""
-    sequences = [item.sequence for item in items]
-    starts = [sequence.drafted for sequence in sequences]
-    view = engine.view(sequences, starts, [end - start for start, end in zip(starts, ends, strict=True)], first_key=1)
-    ids = []
-    for i in view.order:
-        ids += sequences[i].ids[starts[i] : ends[i]]
-        sequences[i].drafted = ends[i]
-    before = torch.from_numpy(engine.cache.slots(view.token_rows, view.positions - 1)).to(engine.device)
-    states = engine.cache.hidden.index_select(0, before).to(engine.model.lm_head.weight.dtype)
-    hidden = engine.model.mtp_step(states[None], torch.tensor([ids], device=engine.device), view)
-    return hidden[0, view.ends[np.argsort(view.order)]]
-
-
-def _again(engine: Engine, sequences: list, hidden: Tensor, ids: Tensor, made: int) -> Tensor:
-    """The layer applied to its own output `hidden` and the draft `ids` that it led to, (rows, ...) -> its next states."""
-    view = engine.view(sequences, [len(s.ids) + made for s in sequences], [1] * len(sequences), first_key=1)
-    order = torch.from_numpy(view.order).to(engine.device)
-    hidden = engine.model.mtp_step(hidden[order][None], ids[order][None], view)[0]
-    return hidden[torch.argsort(order)]
-
-
-def follow(engine: Engine, scheduled: list[Scheduled]) -> None:
-    """After the trunk's pass over pieces of prompts: the layer's entries for the same tokens."""
-    items = [item for item in scheduled if item.drafts == 0 and item.start + item.count - item.sequence.drafted > 1]
-    if items:
-        _catch_up(engine, items, [item.start + item.count for item in items])
-
-
-def verify(engine: Engine, items: list[Scheduled], logits: Tensor, settings: Settings, proposals: Proposals) -> list[list[int]]:
+def verify(items: list[Scheduled], logits: Tensor, settings: Settings, proposals: Proposals) -> list[list[int]]:
     """The model's verdict: logits (rows, v), for each item the rows of its drafts and one more -> the tokens of each item:
     the drafts that hold and one that the model draws itself."""
     drafts = [proposals.drafts[item.sequence.request_id] if item.drafts else [] for item in items]

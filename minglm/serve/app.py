@@ -94,11 +94,24 @@ def build_app(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> ASGIA
 
 def run(app: ASGIApp, host: str, port: int) -> None:
     """Serve until SIGINT or SIGTERM; then answers under way have three seconds."""
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=3, server_header=False, lifespan="on"
-    )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
-        uvicorn.Server(config).run()
+        uvicorn_server(app, host, port).run()
+
+
+def uvicorn_server(app: ASGIApp, host: str, port: int) -> uvicorn.Server:
+    """What `run` runs; port 0 takes a free one."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        lifespan="on",
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=3,
+        # Longer than clients keep idle connections (5 s in OpenAI's): else one may send just when we hang up.
+        timeout_keep_alive=75,
+    )
+    return uvicorn.Server(config)
 
 
 def context_of(engine: Engine) -> int:
@@ -399,20 +412,22 @@ class _Stream(Response):
             self._close()
 
     async def _send_all(self, send: Send) -> None:
+        sent = time.monotonic()
+
         async def send_text(text: str, more: bool = True) -> None:
+            nonlocal sent
+            sent = time.monotonic()
             await send({"type": "http.response.body", "body": text.encode(), "more_body": more})
 
-        following = None
-        try:
+        async def keep_alive() -> None:
             while True:
-                following = following or asyncio.ensure_future(anext(self._events, None))
-                done, _ = await asyncio.wait({following}, timeout=KEEP_ALIVE_SECONDS)
-                if not done:
+                await asyncio.sleep(KEEP_ALIVE_SECONDS / 3)
+                if time.monotonic() - sent > KEEP_ALIVE_SECONDS:
                     await send_text(": still working\n\n")
-                    continue
-                text, following = following.result(), None
-                if text is None:
-                    break
+
+        keeping = asyncio.ensure_future(keep_alive())
+        try:
+            async for text in self._events:
                 await send_text(text)
         except ApiError as error:  # the status has been sent already
             await send_text(event(error.body()))
@@ -420,9 +435,7 @@ class _Stream(Response):
             logger.exception("a stream failed")
             await send_text(event(ApiError(500, "The server failed; its log has the details.").body()))
         finally:
-            if following is not None:
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+            keeping.cancel()
             await self._events.aclose()
         await send_text("", more=False)
 
