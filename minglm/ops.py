@@ -104,8 +104,10 @@ def using(gear: str) -> Iterator[None]:
     _check_gear(gear)
     if gear == "triton":
         _load_kernels()
-    elif gear in ("exact", "inference"):
-        importlib.import_module(f"minglm.{gear}")  # by name, at run time: they are built on this module
+    elif gear == "exact":
+        importlib.import_module("minglm.exact")  # by name, at run time: it is built on this module
+    elif gear == "inference":
+        importlib.import_module("minglm.inference")  # likewise
     before, _gear = _gear, gear
     try:
         yield
