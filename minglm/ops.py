@@ -107,7 +107,7 @@ def using(gear: str) -> Iterator[None]:
     elif gear == "exact":
         importlib.import_module("minglm.exact")  # by name, at run time: it is built on this module
     elif gear == "inference":
-        importlib.import_module("minglm.inference")
+        importlib.import_module("minglm.inference")  # likewise
     before, _gear = _gear, gear
     try:
         yield
