@@ -5,6 +5,7 @@ that all ranks see. However the run ends, the same command goes on from its newe
 number of ranks; torchrun's --max-restarts does so by itself when a rank dies.
 """
 
+import math
 import os
 import signal
 import sys
@@ -128,10 +129,12 @@ def check(recipe: Recipe, layout: Layout) -> None:
         found = getattr(training, key)
         if found % at_once:
             nearest = max(1, round(found / at_once)) * at_once
+            smaller = math.gcd(found // layout.world_size, training.sequences_per_micro_batch)
+            shrink = f", --training.sequences-per-micro-batch {smaller}" if found % layout.world_size == 0 else ""
             raise LayoutError(
                 f"training.{key} = {found}: {layout.world_size} ranks take {at_once} sequences at once "
                 f"({training.sequences_per_micro_batch} each); wanted a multiple, such as --training.{key.replace('_', '-')} "
-                f"{nearest}, or fewer ranks"
+                f"{nearest}{shrink}, or fewer ranks"
             )
     if recipe.hardware.compile:
         raise ConfigError("hardware.compile = true: not together with scale.train yet; wanted false")

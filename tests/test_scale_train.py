@@ -169,6 +169,7 @@ def test_the_benchmark_times_both_sides_of_one_step():
             {},
             r"training.sequences_per_step = 4: 8 ranks take 16 .* --training.sequences-per-step 16, or fewer",
         ),
+        (Layout(2, 1, 1), dict(sequences_per_micro_batch=4), r"--training.sequences-per-micro-batch 2, or fewer ranks"),
         (Layout(1, 1, 1), dict(compile=True), "hardware.compile = true"),
     ],
 )
