@@ -8,6 +8,7 @@ layout can read them. Beside the files lie their checksums. `python -m scale.exp
 import functools
 import hashlib
 import json
+import warnings
 from pathlib import Path
 
 import torch
@@ -95,7 +96,9 @@ def export(checkpoint: Path, target: Path, dtype: torch.dtype | None = None, max
     def read(name: str) -> Tensor:
         entry = metadata[f"model.{name}"]
         state = {"model": {name: torch.empty(entry.size, dtype=entry.properties.dtype)}}
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is wanted here
+            dcp.load(state, storage_reader=reader, no_dist=True)
         return state["model"][name]
 
     write_parameters(config, read, target, dtype, max_shard_bytes, copy_from=checkpoint)
