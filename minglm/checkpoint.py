@@ -219,7 +219,7 @@ def _write_weights(weights: _Weights, config: GLMConfig, folder: Path, max_shard
         del tensors  # before the next shard is made
         shutil.copymode(folder / "config.json", path)  # the library makes files that only their owner can read
         weight_map.update(dict.fromkeys(names, path.name))
-        checksums[path.name] = _sha256(path)
+        checksums[path.name] = sha256_of(path)
     index = {"metadata": {"total_size": weights.nbytes, "sha256": checksums}, "weight_map": weight_map}
     _write_json(index, folder / INDEX)
 
@@ -260,7 +260,8 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -373,7 +374,7 @@ class _StoredWeights:
         """Hold a file against its checksum in the index. Raises `CheckpointError`."""
         if file in self._verified or file.name not in self.checksums:
             return
-        if _sha256(file) != self.checksums[file.name]:
+        if sha256_of(file) != self.checksums[file.name]:
             raise CheckpointError(
                 f"{file}: damaged, its sha256 is not the one in {INDEX}; copy the file again from where it came, or "
                 "use an older checkpoint"

@@ -6,7 +6,6 @@ layout can read them. Beside the files lie their checksums. `python -m scale.exp
 """
 
 import functools
-import hashlib
 import json
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from minglm.checkpoint import CheckpointError, write_parameters
+from minglm.checkpoint import CheckpointError, sha256_of, write_parameters
 from minglm.config import GLMConfig
 from minglm.model import GLM
 from scale.muon import ShardedMuonAdamW
@@ -31,12 +30,12 @@ def save(folder: Path, model: GLM, parts: list[Part], optimizer: ShardedMuonAdam
     """Write this rank's part into `folder`/distributed; all ranks must call it, and `folder` must be one that all see."""
     folder = folder / FOLDER
     dcp.save(_state(model, parts, optimizer), checkpoint_id=folder)
-    ours = {path.name: _sha256(path) for path in folder.glob(f"__{dist.get_rank()}_*")}
+    ours = {path.name: sha256_of(path) for path in folder.glob(f"__{dist.get_rank()}_*")}
     everybody: list[dict[str, str] | None] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, ours)
     if dist.get_rank() == 0:
         checksums = {name: digest for some in everybody for name, digest in some.items()}
-        checksums[".metadata"] = _sha256(folder / ".metadata")
+        checksums[".metadata"] = sha256_of(folder / ".metadata")
         (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=1) + "\n")
 
 
@@ -79,7 +78,7 @@ def check(checkpoint: Path, config: GLMConfig, rank: int = 0, ranks: int = 1) ->
             + "; ".join(f"{name} is {found.get(name, 'missing')}, wanted {wanted.get(name, 'none')}" for name in names[:20])
         )
     for name in needed[rank::ranks]:
-        if _sha256(folder / name) != checksums.get(name):
+        if sha256_of(folder / name) != checksums.get(name):
             raise CheckpointError(f"{folder / name}: damaged, its sha256 is not the one in {CHECKSUMS}; {again}")
 
 
@@ -131,8 +130,3 @@ class _Reader(dcp.FileSystemReader):
             ) from None
         except Exception as error:  # pickle raises anything on damaged bytes
             raise CheckpointError(f"{path}: damaged ({error!r}); copy it again from where it came") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -81,7 +81,7 @@ class Layout:
         if experts % self.ep:
             possible = ", ".join(str(ep) for ep in range(1, experts + 1) if experts % ep == 0)
             raise LayoutError(f"ep = {self.ep}: {experts} routed experts do not divide by it; wanted one of {possible}")
-        if self.expert_dim(config) == 1 and (2 * width % self.fsdp or hidden % self.fsdp):
+        if not self._cuts(config, self.fsdp):
             raise LayoutError(
                 f"fsdp = {self.fsdp}: the {experts // self.ep} experts of a rank do not divide by it, and neither do both "
                 f"their rows, {2 * width} (gate and up) and {hidden} (down); wanted a divisor of one or the other, "
@@ -90,18 +90,19 @@ class Layout:
 
     def expert_dim(self, config: GLMConfig) -> int:
         """The dimension of the stacks (experts, rows, columns) that fsdp cuts: 0, whole experts, if these divide; or 1."""
-        return 0 if (config.n_routed_experts // self.ep) % self.fsdp == 0 else 1
+        return 0 if self.local_experts(config) % self.fsdp == 0 else 1
 
     def local_experts(self, config: GLMConfig) -> int:
         """Experts of each layer that an ep rank is responsible for."""
         return config.n_routed_experts // self.ep
 
-    def _nearest_fsdp(self, config: GLMConfig) -> int:
-        def fits(fsdp: int) -> bool:
-            rows = (2 * config.moe_intermediate_size, config.hidden_size)
-            return self.local_experts(config) % fsdp == 0 or all(row % fsdp == 0 for row in rows)
+    def _cuts(self, config: GLMConfig, fsdp: int) -> bool:
+        """Whether a rank's experts divide by `fsdp`: whole ones, or the rows of each."""
+        rows = (2 * config.moe_intermediate_size, config.hidden_size)
+        return self.local_experts(config) % fsdp == 0 or all(row % fsdp == 0 for row in rows)
 
-        return next(fsdp for fsdp in range(self.fsdp - 1, 0, -1) if fits(fsdp))
+    def _nearest_fsdp(self, config: GLMConfig) -> int:
+        return next(fsdp for fsdp in range(self.fsdp - 1, 0, -1) if self._cuts(config, fsdp))
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,6 @@ class Mesh:
     """A layout on the processes of this run: process groups by name. Made by `make_mesh`."""
 
     layout: Layout
-    device_type: str
     dense: DeviceMesh  # (dp, shard): everything but the routed experts
     experts: DeviceMesh  # (dp, ep, fsdp): the routed experts; ep before fsdp, as they are divided first and cut then
 
@@ -147,7 +147,7 @@ def make_mesh(layout: Layout, device_type: str) -> Mesh:
     dense = init_device_mesh(device_type, (layout.dp, layout.shards), mesh_dim_names=("dp", "shard"))
     ranks = torch.arange(layout.world_size).view(layout.dp, layout.fsdp, layout.ep)
     experts = DeviceMesh(device_type, ranks.permute(0, 2, 1), mesh_dim_names=("dp", "ep", "fsdp"))
-    return Mesh(layout, device_type, dense, experts)
+    return Mesh(layout, dense, experts)
 
 
 @functools.cache

@@ -28,7 +28,7 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from minglm.checkpoint import write_folder_atomically
+from minglm.checkpoint import sha256_of, write_folder_atomically
 from minglm.data.sources import HELD_OUT, TRAIN, Corpus, DataError, Document, split_documents
 from minglm.tokenizer import Tokenizer
 
@@ -268,9 +268,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, identity: dict, s
         "domains": domains,
         "sources": {name: tally.summary() for name, tally in sources.items()},
         "splits": {split: {**writer.tally.summary(), "shards": writer.shards} for split, writer in writers.items()},
-        "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256_of_file(path)} for path in sorted(folder.iterdir())
-        },
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in sorted(folder.iterdir())},
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -301,11 +299,6 @@ def _pieces(text: str) -> Iterator[str]:
         yield text[start : cut.end()]
         start = cut.end()
     yield text[start:]
-
-
-def _sha256_of_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclass
