@@ -5,6 +5,8 @@ no padding. Only attention must know whose they are. It works on groups: sequenc
 equally many old ones form a rectangle.
 """
 
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -75,8 +77,8 @@ class CacheView:
     `rows[i]`; all (sequences,) int64.
 
     `first_key`: earlier positions hold nothing (1 for the MTP layer). `order` lists the sequences as they lie in the step's
-    row; `token_rows`, `positions` and `slots` are of its tokens, `ends` (sequences,) the index of each one's last token, in
-    `order`.
+    row; `token_rows`, `positions` and `token_slots` (`slots`, as a tensor) are of its tokens, `ends` (sequences,) the index of
+    each one's last token, in `order`.
     """
 
     def __init__(self, cache: PagedCache, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray, first_key: int = 0):
@@ -91,14 +93,23 @@ class CacheView:
             self.token_rows = rows.repeat(counts)
             self.positions = starts.repeat(counts) + np.arange(counts.sum()) - (self.ends + 1 - counts).repeat(counts)
         self.device = cache.keys.device
-        self.slots = self._tensor(cache.slots(self.token_rows, self.positions))
-        self.groups = list(self._groups(rows, starts, counts))
+        self.token_slots = cache.slots(self.token_rows, self.positions)
+        self._sequences = rows, starts, counts
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)
 
-    def _groups(self, rows: np.ndarray, starts: np.ndarray, counts: np.ndarray):
+    @functools.cached_property
+    def slots(self) -> Tensor:
+        return self._tensor(self.token_slots)
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        return list(self._grouped())
+
+    def _grouped(self) -> Iterator[Group]:
         """Neighbours of equal count share a group, as long as padding to the longest costs less than a group of its own."""
+        rows, starts, counts = self._sequences
         size = self.cache.block_size
         lengths = (starts + counts + size - 1) // size  # blocks
         first, token = 0, 0

@@ -18,6 +18,7 @@ from minglm import ops
 from minglm.engine import speculative
 from minglm.engine.blocks import BlockManager
 from minglm.engine.cache import PagedCache
+from minglm.engine.compiled import CompiledModel
 from minglm.engine.constraints import Constraint, ThinkingBudget
 from minglm.engine.grammar import GrammarCompiler
 from minglm.engine.sampling import DRAW, SamplingParams, Settings, distribution, draw, uniforms
@@ -94,7 +95,10 @@ class Engine:
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(self.blocks, max_batch_tokens, max_running, draft_tokens)
         self.grammars = GrammarCompiler(tokenizer)
-        self.drafter = speculative.Drafter(model, self.cache, self.vocab_size) if draft_tokens else None
+        self.runner = CompiledModel(model) if self.gear == "inference" else model
+        self.drafter = None
+        if draft_tokens:
+            self.drafter = speculative.Drafter(self.runner, self.cache, self.vocab_size, weight.dtype)
         self.weights_version = 0
         self._sequences: dict[int, Sequence] = {}
         self._cancelled: list[RequestOutput] = []
@@ -264,7 +268,7 @@ class Engine:
             ids += sequence.ids[start : start + count]
             if drafts:
                 ids += proposals.drafts[sequence.request_id]
-        hidden, experts = self.model.step(torch.tensor([ids], device=self.device), view)
+        hidden, experts = self.runner.step(torch.tensor([ids], device=self.device), view)
         if self.cache.hidden is not None:
             self.cache.hidden[view.slots] = hidden[0].to(self.cache.hidden.dtype)
             self.drafter.follow(scheduled)
@@ -273,7 +277,7 @@ class Engine:
         tokens = {}
         if sampling:
             rows = [row for item, end in sampling for row in range(end - item.drafts, end + 1)]
-            logits = self.model.lm_head(hidden[0] if len(rows) == len(ids) else hidden[0, rows])
+            logits = self.runner.lm_head(hidden[0] if len(rows) == len(ids) else hidden[0, rows])
             tokens = self._next_tokens([item for item, _ in sampling], logits, proposals)
 
         outputs = []

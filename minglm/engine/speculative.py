@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minglm.engine.cache import PagedCache
+from minglm.engine.compiled import CompiledModel
 from minglm.engine.sampling import ACCEPT, DRAFT, DRAW, RESIDUAL, Settings, distribution, draw, uniforms
 from minglm.engine.scheduler import Scheduled
 from minglm.engine.sequence import Sequence
@@ -39,11 +40,11 @@ class Proposals:
 
 
 class Drafter:
-    """The MTP layer of `model` at work on the engine's `cache`; ids from `vocab_size` on are never drafted."""
+    """The MTP layer of `model` at work on the engine's `cache`; ids from `vocab_size` on are never drafted. dtype: of the weights."""
 
-    def __init__(self, model: GLM, cache: PagedCache, vocab_size: int):
+    def __init__(self, model: GLM | CompiledModel, cache: PagedCache, vocab_size: int, dtype: torch.dtype):
         self.model, self.cache, self.vocab_size = model, cache, vocab_size
-        self.device = cache.keys.device
+        self.device, self.dtype = cache.keys.device, dtype
 
     def propose(self, scheduled: list[Scheduled]) -> Proposals:
         """Draft tokens for the sequences that want some. The layer first catches up with the tokens that were accepted."""
@@ -89,7 +90,7 @@ class Drafter:
             ids += sequences[i].ids[starts[i] : ends[i]]
             sequences[i].drafted = ends[i]
         before = torch.from_numpy(self.cache.slots(view.token_rows, view.positions - 1)).to(self.device)
-        states = self.cache.hidden.index_select(0, before).to(self.model.lm_head.weight.dtype)
+        states = self.cache.hidden.index_select(0, before).to(self.dtype)
         hidden = self.model.mtp_step(states[None], torch.tensor([ids], device=self.device), view)
         return hidden[0, view.ends[np.argsort(view.order)]]
 
