@@ -4,7 +4,6 @@
 many tokens that PyTorch's products and attention are the faster ones.
 """
 
-import functools
 import os
 
 import numba
@@ -102,9 +101,10 @@ class CompiledModel:
         return of_attention, loops.MoEWeights(norm, *map(shared, tensors))
 
     def _places(self, view: CacheView) -> loops.Places:
-        cache, rotary = view.cache, view.begin(len(view.positions))
-        angles = rotary.cos.numpy(), rotary.sin.numpy()
-        return loops.Places(view.token_rows, view.positions, view.token_slots, cache.table, cache.block_size, view.first_key, *angles)
+        cache = view.cache
+        angles = view.positions.astype(np.float32)[:, None] * cache.inverse_frequencies.numpy()  # `Rotary.turned`
+        where = view.token_rows, view.positions, view.token_slots, cache.table, cache.block_size, view.first_key
+        return loops.Places(*where, np.cos(angles), np.sin(angles))
 
     def _run(self, layer: tuple, h: np.ndarray, places: loops.Places, view: CacheView, threads: int) -> np.ndarray | None:
         index, attention, mlp = layer
@@ -146,16 +146,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-@functools.cache
-def _has_openmp() -> bool:
-    numba.set_num_threads(1)  # starts numba's threads
-    return numba.threading_layer() != "workqueue"
-
-
 def threads_allowed() -> int:
     """`torch.get_num_threads()`, and numba told so. One where numba has no OpenMP (its own threads take turns too slowly)."""
     threads = min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-    if threads == 1 or _forked or not _has_openmp():
+    if threads == 1 or _forked or numba.threading_layer() == "workqueue":
         return 1
     if numba.get_num_threads() != threads:
         numba.set_num_threads(threads)

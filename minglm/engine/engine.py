@@ -21,7 +21,7 @@ from minglm.engine.cache import PagedCache
 from minglm.engine.compiled import CompiledModel
 from minglm.engine.constraints import Constraint, ThinkingBudget
 from minglm.engine.grammar import GrammarCompiler
-from minglm.engine.sampling import DRAW, SamplingParams, Settings, distribution, draw, uniforms
+from minglm.engine.sampling import DRAW, SamplingParams, Settings, distribution, draw, likeliest, uniforms
 from minglm.engine.scheduler import Scheduled, Scheduler
 from minglm.engine.sequence import Completion, RequestOutput, Sequence
 from minglm.engine.text import TextStream
@@ -303,7 +303,7 @@ class Engine:
         if proposals is not None and any(item.drafts for item in items):
             drawn = speculative.verify(items, allowed, settings, proposals)
         elif settings.greedy:
-            drawn = [[id] for id in allowed.argmax(-1).tolist()]
+            drawn = [[id] for id in likeliest(allowed)]
         else:
             uniform = uniforms([s.seed for s in sequences], [len(s.ids) for s in sequences], DRAW)
             drawn = [[id] for id in draw(distribution(allowed, settings), uniform).tolist()]

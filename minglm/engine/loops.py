@@ -13,12 +13,15 @@ numba keeps what it has compiled beside this file or in the user's cache directo
 
 from typing import NamedTuple
 
+import numba
 import numpy as np
 from numba import njit, prange
 from numpy import ndarray
 
 # Sums may be added in another order, which is what lets LLVM use vectors. NaN and infinity keep their meaning.
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
+# Starts numba's threads. Compiled code that comes from the cache takes them for granted, and crashes without.
+numba.get_num_threads()
 # Multiplications that are worth a second thread: starting one costs a few microseconds.
 WORTH_A_THREAD = 2**18
 
@@ -35,7 +38,8 @@ def compiled(function=None, **options):
 
 # Only loops that say `prange` run on several threads; numba need not look for others.
 EXPLICIT = {
-    name: name == "prange" for name in ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion", "prange")
+    name: name == "prange"
+    for name in ("comprehension", "reduction", "inplace_binop", "setitem", "numpy", "stencil", "fusion", "prange")
 }
 threaded = compiled(parallel=EXPLICIT)
 
@@ -105,8 +109,8 @@ class Places(NamedTuple):
 
 
 @compiled
-def add_products(x, x_rows, weight, first, last, out, out_rows):
-    """out[out_rows[j], o] += x[x_rows[j]] . weight[o], for outputs o from `first` to `last`.
+def add_products(x, x_rows, weight, w_rows, first, last, out, out_rows):
+    """out[out_rows[j], o] += x[x_rows[j]] . weight[w_rows[o]], for outputs o from `first` to `last`.
 
     Four tokens by four outputs at a time: eight loads for sixteen products. Sixteen sums fit a CPU's vector registers.
     """
@@ -114,38 +118,44 @@ def add_products(x, x_rows, weight, first, last, out, out_rows):
     zero = np.float32(0)
     o = first
     while o + 4 <= last:
+        p, q, r, s = w_rows[o], w_rows[o + 1], w_rows[o + 2], w_rows[o + 3]
         j = 0
         while j + 4 <= n:
             a, b, c, d = x_rows[j], x_rows[j + 1], x_rows[j + 2], x_rows[j + 3]
-            a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = zero
+            ap = aq = ar = as_ = bp = bq = br = bs = cp = cq = cr = cs = dp = dq = dr = ds = zero
             for i in range(width):
-                w0, w1, w2, w3 = weight[o, i], weight[o + 1, i], weight[o + 2, i], weight[o + 3, i]
+                wp, wq, wr, ws = weight[p, i], weight[q, i], weight[r, i], weight[s, i]
                 xa, xb, xc, xd = x[a, i], x[b, i], x[c, i], x[d, i]
-                a0, a1, a2, a3 = a0 + xa * w0, a1 + xa * w1, a2 + xa * w2, a3 + xa * w3
-                b0, b1, b2, b3 = b0 + xb * w0, b1 + xb * w1, b2 + xb * w2, b3 + xb * w3
-                c0, c1, c2, c3 = c0 + xc * w0, c1 + xc * w1, c2 + xc * w2, c3 + xc * w3
-                d0, d1, d2, d3 = d0 + xd * w0, d1 + xd * w1, d2 + xd * w2, d3 + xd * w3
-            add_four(out, out_rows[j], o, a0, a1, a2, a3)
-            add_four(out, out_rows[j + 1], o, b0, b1, b2, b3)
-            add_four(out, out_rows[j + 2], o, c0, c1, c2, c3)
-            add_four(out, out_rows[j + 3], o, d0, d1, d2, d3)
+                ap, aq, ar, as_ = ap + xa * wp, aq + xa * wq, ar + xa * wr, as_ + xa * ws
+                bp, bq, br, bs = bp + xb * wp, bq + xb * wq, br + xb * wr, bs + xb * ws
+                cp, cq, cr, cs = cp + xc * wp, cq + xc * wq, cr + xc * wr, cs + xc * ws
+                dp, dq, dr, ds = dp + xd * wp, dq + xd * wq, dr + xd * wr, ds + xd * ws
+            add_four(out, out_rows[j], o, ap, aq, ar, as_)
+            add_four(out, out_rows[j + 1], o, bp, bq, br, bs)
+            add_four(out, out_rows[j + 2], o, cp, cq, cr, cs)
+            add_four(out, out_rows[j + 3], o, dp, dq, dr, ds)
             j += 4
         while j < n:
             a = x_rows[j]
-            a0 = a1 = a2 = a3 = zero
+            ap = aq = ar = as_ = zero
             for i in range(width):
                 xa = x[a, i]
-                a0, a1 = a0 + xa * weight[o, i], a1 + xa * weight[o + 1, i]
-                a2, a3 = a2 + xa * weight[o + 2, i], a3 + xa * weight[o + 3, i]
-            add_four(out, out_rows[j], o, a0, a1, a2, a3)
+                ap, aq, ar, as_ = (
+                    ap + xa * weight[p, i],
+                    aq + xa * weight[q, i],
+                    ar + xa * weight[r, i],
+                    as_ + xa * weight[s, i],
+                )
+            add_four(out, out_rows[j], o, ap, aq, ar, as_)
             j += 1
         o += 4
     while o < last:  # fewer than four are left
+        p = w_rows[o]
         for j in range(n):
-            a, a0 = x_rows[j], zero
+            a, ap = x_rows[j], zero
             for i in range(width):
-                a0 += x[a, i] * weight[o, i]
-            out[out_rows[j], o] += a0
+                ap += x[a, i] * weight[p, i]
+            out[out_rows[j], o] += ap
         o += 1
 
 
@@ -171,13 +181,14 @@ def parts_worth(multiplications, threads):
 @threaded
 def linear(x, weight, out, threads):
     """out += x @ weight^T: x (n, in), weight (out, in)."""
-    rows, outputs = np.arange(len(x)), len(weight)
+    rows, all_outputs, outputs = np.arange(len(x)), np.arange(len(weight)), len(weight)
     parts = parts_worth(len(x) * weight.size, threads)
     if parts == 1:
-        add_products(x, rows, weight, 0, outputs, out, rows)
+        add_products(x, rows, weight, all_outputs, 0, outputs, out, rows)
         return
     for part in prange(parts):
-        add_products(x, rows, weight, part_of(outputs, part, parts), part_of(outputs, part + 1, parts), out, rows)
+        first, last = part_of(outputs, part, parts), part_of(outputs, part + 1, parts)
+        add_products(x, rows, weight, all_outputs, first, last, out, rows)
 
 
 # ------------------------------------------------------------------------------------------------- norms and nonlinearities
@@ -273,15 +284,17 @@ def attend_all(q, q_norm, places, keys, values, eps, out, threads):
 
 @compiled
 def attend_some(q, q_norm, places, keys, values, eps, out, first, step):
-    heads, kv_heads = q.shape[1], keys.shape[1]
+    kv_heads, d = keys.shape[1:]
+    keys, values = keys.reshape(-1, d), values.reshape(-1, d)  # (slots * kv_heads, d)
+    group = q.shape[1] // kv_heads
     for t in range(first, len(q), step):
         if len(q_norm):
             rms_norm(q[t], q_norm, eps, q[t])
         rotary(q[t], places.cos[t], places.sin[t])
         slots = seen(places, t)
-        for group in range(kv_heads):
-            mine = slice(group * heads // kv_heads, (group + 1) * heads // kv_heads)
-            attend(q[t, mine], slots, keys, values, group, out[t, mine])
+        for head in range(kv_heads):
+            mine = slice(head * group, (head + 1) * group)
+            attend(q[t, mine], keys, values, slots * kv_heads + head, out[t, mine])
 
 
 @compiled
@@ -296,42 +309,33 @@ def seen(places, t):
 
 
 @compiled
-def attend(q, slots, keys, values, group, out):
-    """Softmax attention of the heads of one group, q and out (heads, d), to one head of the cache."""
-    (heads, d), s = q.shape, len(slots)
-    scale = np.float32(1) / np.sqrt(np.float32(d))
-    scores = np.empty(s, dtype=np.float32)
+def attend(q, keys, values, rows, out):
+    """Softmax attention of a group of heads to the keys and values in `rows`: q and out (heads, d), out zeros."""
+    (heads, d), s = q.shape, len(rows)
+    weights, all_heads = np.zeros((heads, s), dtype=np.float32), np.arange(heads)
+    add_products(q, all_heads, keys, rows, 0, s, weights, all_heads)
     for head in range(heads):
+        softmax(weights[head], np.float32(1) / np.sqrt(np.float32(d)))
         j = 0
         while j + 4 <= s:
-            k0, k1, k2, k3 = slots[j], slots[j + 1], slots[j + 2], slots[j + 3]
-            s0 = s1 = s2 = s3 = np.float32(0)
-            for c in range(d):
-                x = q[head, c]
-                s0, s1 = s0 + x * keys[k0, group, c], s1 + x * keys[k1, group, c]
-                s2, s3 = s2 + x * keys[k2, group, c], s3 + x * keys[k3, group, c]
-            scores[j], scores[j + 1], scores[j + 2], scores[j + 3] = s0 * scale, s1 * scale, s2 * scale, s3 * scale
+            a, b, c, e = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+            wa, wb, wc, we = weights[head, j], weights[head, j + 1], weights[head, j + 2], weights[head, j + 3]
+            for i in range(d):
+                out[head, i] += wa * values[a, i] + wb * values[b, i] + wc * values[c, i] + we * values[e, i]
             j += 4
         while j < s:
-            s0 = np.float32(0)
-            for c in range(d):
-                s0 += q[head, c] * keys[slots[j], group, c]
-            scores[j] = s0 * scale
+            for i in range(d):
+                out[head, i] += weights[head, j] * values[rows[j], i]
             j += 1
-        softmax(scores)
-        for j in range(s):
-            weight, slot = scores[j], slots[j]
-            for c in range(d):
-                out[head, c] += weight * values[slot, group, c]
 
 
 @compiled
-def softmax(scores):
-    """In place, (keys,)."""
+def softmax(scores, scale):
+    """Of scale * scores (keys,), in place."""
     highest = scores.max()
     total = np.float32(0)
     for j in range(len(scores)):
-        scores[j] = exp(scores[j] - highest)
+        scores[j] = exp((scores[j] - highest) * scale)
         total += scores[j]
     for j in range(len(scores)):
         scores[j] /= total
@@ -483,13 +487,13 @@ def sort_by_expert(experts, weights, e):
 @compiled
 def experts_in(x, token, weight, ends, gate_up, act, ups, first, last):
     """act = weight * silu(gate(x)) * up(x): columns `first` to `last` of all rows, (r, i)."""
-    rows, width = np.arange(len(token)), act.shape[1]
+    rows, columns, width = np.arange(len(token)), np.arange(act.shape[1]), act.shape[1]
     start = 0
     for expert in range(len(ends)):
         mine = slice(start, ends[expert])
         if mine.stop > start:
-            add_products(x, token[mine], gate_up[expert, :width], first, last, act, rows[mine])
-            add_products(x, token[mine], gate_up[expert, width:], first, last, ups, rows[mine])
+            add_products(x, token[mine], gate_up[expert, :width], columns, first, last, act, rows[mine])
+            add_products(x, token[mine], gate_up[expert, width:], columns, first, last, ups, rows[mine])
         start = mine.stop
     for row in range(len(token)):
         for c in range(first, last):
@@ -499,10 +503,10 @@ def experts_in(x, token, weight, ends, gate_up, act, ups, first, last):
 @compiled
 def experts_out(act, token, ends, down, out, first, last):
     """out += down(act): columns `first` to `last`, each row's to its token."""
-    rows = np.arange(len(token))
+    rows, columns = np.arange(len(token)), np.arange(out.shape[1])
     start = 0
     for expert in range(len(ends)):
         mine = slice(start, ends[expert])
         if mine.stop > start:
-            add_products(act, rows[mine], down[expert], first, last, out, token[mine])
+            add_products(act, rows[mine], down[expert], columns, first, last, out, token[mine])
         start = mine.stop

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minglm.engine.cache import PagedCache
 from minglm.engine.compiled import CompiledModel
-from minglm.engine.sampling import ACCEPT, DRAFT, DRAW, RESIDUAL, Settings, distribution, draw, uniforms
+from minglm.engine.sampling import ACCEPT, DRAFT, DRAW, RESIDUAL, Settings, distribution, draw, likeliest, uniforms
 from minglm.engine.scheduler import Scheduled
 from minglm.engine.sequence import Sequence
 from minglm.model import GLM
@@ -116,9 +116,9 @@ def verify(items: list[Scheduled], logits: Tensor, settings: Settings, proposals
     drafts = [proposals.drafts[item.sequence.request_id] if item.drafts else [] for item in items]
     first_rows = np.cumsum([0] + [item.drafts + 1 for item in items])[:-1].tolist()
     if settings.greedy:
-        likeliest = logits.argmax(-1).tolist()
-        held = [_agree(own, likeliest[row : row + len(own)]) for own, row in zip(drafts, first_rows, strict=True)]
-        return [own[:n] + [likeliest[row + n]] for own, n, row in zip(drafts, held, first_rows, strict=True)]
+        best = likeliest(logits)
+        held = [_agree(own, best[row : row + len(own)]) for own, row in zip(drafts, first_rows, strict=True)]
+        return [own[:n] + [best[row + n]] for own, n, row in zip(drafts, held, first_rows, strict=True)]
 
     counts = torch.tensor([item.drafts + 1 for item in items], device=logits.device)
     p = distribution(logits, settings.repeat(counts))
