@@ -2,11 +2,14 @@
 
 Three workloads: one request, 32 at a time, and 32 whose prompts and answers differ in length. Greedy, same weights, no end
 of text, so that everybody writes the same number of tokens. transformers runs with each of its implementations of experts
-and its fastest cache; it pads prompts and writes until the longest answer is done, and only the tokens asked for count.
+and each of its caches, but for those that are hopeless; it pads prompts and writes until the longest answer is done, and only
+the tokens asked for count. Both also write with drafts by the MTP layer, where transformers can.
 """
 
 import dataclasses
 import statistics
+import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -18,12 +21,15 @@ from tqdm import tqdm
 
 from minglm.bench import _transformers_model, measure_peak
 from minglm.config import GLMConfig
+from minglm.engine import exact
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.model import GLM
 from minglm.params import forward_flops_per_token
 from minglm.train.recipe import find_config
 
+# Who needs this many times the time of the fastest of transformers to the first token is out of the race.
+HOPELESS = 6
 EXPERTS = ("eager", "grouped_mm", "batched_mm")
 CACHES = (None, "static")
 
@@ -52,26 +58,39 @@ WORKLOADS = {
 
 def run(size: str, repeats: int = 3, workloads: dict[str, Requests] | None = None) -> dict:
     """Time all contestants on all workloads at size "nano" or "tiny", taking turns. -> for each workload and contestant the
-    median tokens/s and seconds to the first token, and the matrix-product peak in FLOP/s. Raises RuntimeError if the
-    contestants do not write the same first tokens."""
+    median tokens/s and seconds to the first token, the matrix-product peak in FLOP/s, why transformers does not draft (None:
+    it does), and the lines of `minglm.engine.exact.report`. Raises RuntimeError if the contestants do not write the same first
+    tokens."""
     config = GLMConfig.from_toml(find_config("model", size))
-    config = dataclasses.replace(config, num_nextn_predict_layers=0)
     torch.manual_seed(0)
     model = GLM(config).eval()
-    contestants = {"minglm": _engine(model)}
+    trunk = GLM(dataclasses.replace(config, num_nextn_predict_layers=0)).eval()  # transformers keeps no MTP layer in memory
+    trunk.load_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith("mtp.")})
+    contestants = {"minglm": _engine(trunk), "minglm, 1 draft": _engine(model, draft_tokens=1)}
     for experts in EXPERTS:
-        twin = _transformers_model(model, experts).eval()
+        twin = _transformers_model(trunk, experts).eval()
         for cache in CACHES:
             contestants[f"transformers {experts}, {cache or 'dynamic'} cache"] = _generate(twin, cache)
     peak = measure_peak(torch.device("cpu"))
     results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        drafting, no_drafts = _drafting(model, folder)
+        for name, requests in (workloads or WORKLOADS).items():
+            able = contestants | (drafting if len(requests.prompts) == 1 else {})  # it drafts for one request at a time
+            results[name] = _race(name, requests, able, config.vocab_size, repeats)
     for name, requests in (workloads or WORKLOADS).items():
-        results[name] = _race(name, requests, contestants, config.vocab_size, repeats)
         length = sum(p + a / 2 for p, a in zip(requests.prompts, requests.answers, strict=True)) / len(requests.prompts)
-        flops = forward_flops_per_token(config, int(length))
+        flops = forward_flops_per_token(trunk.config, int(length))
         for entry in results[name].values():
             entry["share_of_peak"] = entry["tokens_per_second"] * flops / peak
-    return {"size": size, "threads": torch.get_num_threads(), "peak_flops": peak, "decoding": results}
+    return {
+        "size": size,
+        "threads": torch.get_num_threads(),
+        "peak_flops": peak,
+        "decoding": results,
+        "transformers_does_not_draft": no_drafts,
+        "log_probabilities": exact.report(model),
+    }
 
 
 def _race(
@@ -84,6 +103,9 @@ def _race(
         agreeing = sum(a == b for a, b in zip(tokens, first["minglm"], strict=True))
         if agreeing < 0.9 * len(prompts):  # where two tokens are equally likely, rounding decides
             raise RuntimeError(f"{who} begins {agreeing} of {len(prompts)} answers as minglm does: it computes something else")
+    once = {who: _timed(lambda write=write: write(prompts, ones)) for who, write in contestants.items()}
+    slowest = HOPELESS * min(seconds for who, seconds in once.items() if who.startswith("transformers"))
+    contestants = {who: write for who, write in contestants.items() if once[who] <= slowest}
     seconds: dict[str, list[float]] = {who: [] for who in contestants}
     to_first: dict[str, list[float]] = {who: [] for who in contestants}
     for _ in tqdm(range(repeats), desc=f"decoding, {name}", unit="round"):
@@ -105,9 +127,12 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _engine(model: GLM) -> Callable[[list[list[int]], tuple[int, ...]], list[int]]:
+Writer = Callable[[list[list[int]], tuple[int, ...]], list[int]]
+
+
+def _engine(model: GLM, draft_tokens: int = 0) -> Writer:
     """-> a function that writes answers of the given lengths, and returns the first token of each."""
-    engine = Engine(model, None)
+    engine = Engine(model, None, draft_tokens=draft_tokens)
 
     def write(prompts: list[list[int]], lengths: tuple[int, ...]) -> list[int]:
         engine.blocks.forget_prefixes()  # the same prompts come again and again, and nobody else may remember them
@@ -117,7 +142,22 @@ def _engine(model: GLM) -> Callable[[list[list[int]], tuple[int, ...]], list[int
     return write
 
 
-def _generate(twin: nn.Module, cache: str | None) -> Callable[[list[list[int]], tuple[int, ...]], list[int]]:
+def _drafting(model: GLM, folder: str) -> tuple[dict[str, Writer], str | None]:
+    """transformers with `use_mtp=True`, which reads the MTP layer from a folder; or nobody, and the reason why it cannot."""
+    from transformers import Glm4MoeForCausalLM
+
+    model.save_pretrained(folder)
+    twin = Glm4MoeForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+    twin.set_experts_implementation("grouped_mm")
+    write = _generate(twin, None, use_mtp=True)
+    try:
+        write([[0, 1, 2]], (2,))
+    except (RuntimeError, ValueError) as error:
+        return {}, str(error).partition("\n")[0]
+    return {"transformers grouped_mm, use_mtp": write}, None
+
+
+def _generate(twin: nn.Module, cache: str | None, **options) -> Writer:
     """The same by transformers: prompts padded on the left, as many steps as the longest answer has."""
 
     @torch.inference_mode()
@@ -137,6 +177,7 @@ def _generate(twin: nn.Module, cache: str | None) -> Callable[[list[list[int]], 
                 cache_implementation=cache,
                 disable_compile=True,
                 **new,
+                **options,
             )
         return out[:, longest].tolist()
 
@@ -158,4 +199,7 @@ def report(result: dict) -> str:
                 f"  {who:42}{speed:>10,.0f}{speed / fastest:>16.2f}{entry['share_of_peak']:>9.1%}"
                 f"{entry['seconds_to_first_token'] * 1e3:>10,.1f} ms"
             )
-    return "\n".join(lines)
+    reason = result["transformers_does_not_draft"]
+    if reason is not None:
+        lines.append(f"transformers' generate(use_mtp=True) does not run at this size: {textwrap.shorten(reason, 160)}")
+    return "\n".join([*lines, "", result["log_probabilities"]])

@@ -5,7 +5,7 @@ gear replaces an operation behind the same signature: `torch` (PyTorch's fused o
 passes, the default) and `triton` (the kernels in `kernels/`, which register themselves here). An operation that a gear
 lacks falls back to the gear before it. The model calls `ops.rms_norm(...)` and never knows. The gear `exact`
 (`minglm/exact.py`) is not about speed: it gives a token the same bits in any batch. Nothing falls back from it. The gear
-`inference` (`minglm/inference.py`) is the engine's form of `torch`: small batches on a CPU, and no gradients.
+`inference` (`minglm/inference.py`) is the engine's form of `torch`: few calls, and no gradients.
 
 Shapes: b batch, t sequence, n = b * t tokens, h hidden, k experts per token, r = n * k rows, one for each token and
 expert of it, e experts, i width of an expert, v vocabulary.

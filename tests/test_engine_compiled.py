@@ -61,7 +61,7 @@ def random_model(config: GLMConfig, seed: int) -> GLM:
     """No weight at the value it starts from: norms, biases and the routers' biases matter."""
     torch.manual_seed(seed)
     model = GLM(config).eval().requires_grad_(False)
-    for name, value in model.named_parameters():
+    for value in model.parameters():
         if value.ndim == 1:
             value += 0.3 * torch.randn_like(value)
     for router in model.routers():

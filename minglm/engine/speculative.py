@@ -40,7 +40,10 @@ class Proposals:
 
 
 class Drafter:
-    """The MTP layer of `model` at work on the engine's `cache`; ids from `vocab_size` on are never drafted. dtype: of the weights."""
+    """The MTP layer of `model` at work on the engine's `cache`; ids from `vocab_size` on are never drafted.
+
+    dtype: of the weights.
+    """
 
     def __init__(self, model: GLM | CompiledModel, cache: PagedCache, vocab_size: int, dtype: torch.dtype):
         self.model, self.cache, self.vocab_size = model, cache, vocab_size
