@@ -144,9 +144,10 @@ def _engine(model: GLM, draft_tokens: int = 0) -> Writer:
 
 def _drafting(model: GLM, folder: str) -> tuple[dict[str, Writer], str | None]:
     """transformers with `use_mtp=True`, which reads the MTP layer from a folder; or nobody, and the reason why it cannot."""
-    from transformers import Glm4MoeForCausalLM
+    from transformers import Glm4MoeForCausalLM, logging
 
     model.save_pretrained(folder)
+    logging.set_verbosity_error()  # it would list the MTP layer's weights as unexpected
     twin = Glm4MoeForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
     twin.set_experts_implementation("grouped_mm")
     write = _generate(twin, None, use_mtp=True)

@@ -96,6 +96,6 @@ def test_the_report_says_why_transformers_does_not_draft(decoding):
 
 
 def test_writers_that_disagree_are_not_timed(monkeypatch):
-    monkeypatch.setattr(bench_decoding, "_generate", lambda twin, cache: lambda prompts, lengths: [-1] * len(prompts))
+    monkeypatch.setattr(bench_decoding, "_generate", lambda *_, **__: lambda prompts, lengths: [-1] * len(prompts))
     with pytest.raises(RuntimeError, match="something else"):
         bench_decoding.run("nano", repeats=1, workloads={"one": bench_decoding.Requests((4,), (2,))})

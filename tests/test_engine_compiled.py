@@ -189,7 +189,7 @@ def test_weights_that_are_not_numbers_crash_nothing():
 def test_exp_is_right_to_two_units_in_the_last_place(values):
     x = np.array(values, dtype=np.float32)
     found = np.array([loops.exp(value) for value in x])
-    wanted = np.exp(np.clip(x, -87.3, 88.7).astype(np.float64))
+    wanted = np.exp(np.clip(x, np.float32(-87.3), np.float32(88.3)).astype(np.float64))
     np.testing.assert_allclose(found, wanted, rtol=2.5e-7)
 
 

@@ -24,6 +24,8 @@ OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "
 numba.get_num_threads()
 # Multiplications that are worth a second thread: starting one costs a few microseconds.
 WORTH_A_THREAD = 2**18
+# Weights that do not stay in a core's cache from step to step, in numbers: 2 MB.
+LARGE = 2**19
 
 
 def compiled(function=None, **options):
@@ -168,6 +170,19 @@ def add_four(out, row, o, s0, s1, s2, s3):
 
 
 @compiled
+def fetch(weight, first, last):
+    """Read rows of a matrix from front to back, and return their sum, which is of no use: after it they are in the cache.
+
+    Main memory is fast for those who read it in order; `add_products` reads four rows at once and waits for each.
+    """
+    total = np.float32(0)
+    for o in range(first, last):
+        for i in range(weight.shape[1]):
+            total += weight[o, i]
+    return total
+
+
+@compiled
 def part_of(size, part, parts):
     """Where part `part` of `size` outputs begins: at a multiple of four."""
     return size if part == parts else size * part // parts // 4 * 4
@@ -181,14 +196,27 @@ def parts_worth(multiplications, threads):
 @threaded
 def linear(x, weight, out, threads):
     """out += x @ weight^T: x (n, in), weight (out, in)."""
-    rows, all_outputs, outputs = np.arange(len(x)), np.arange(len(weight)), len(weight)
+    outputs = len(weight)
     parts = parts_worth(len(x) * weight.size, threads)
+    fetched = np.empty(parts, dtype=np.float32)  # kept, or the compiler would leave the fetching out
     if parts == 1:
-        add_products(x, rows, weight, all_outputs, 0, outputs, out, rows)
+        fetched[0] = linear_part(x, weight, 0, outputs, out)
         return
     for part in prange(parts):
-        first, last = part_of(outputs, part, parts), part_of(outputs, part + 1, parts)
-        add_products(x, rows, weight, all_outputs, first, last, out, rows)
+        fetched[part] = linear_part(x, weight, part_of(outputs, part, parts), part_of(outputs, part + 1, parts), out)
+
+
+@compiled
+def linear_part(x, weight, first, last, out):
+    """Outputs `first` to `last` of `linear`, 256 KB of weights at a time."""
+    rows, outputs, large = np.arange(len(x)), np.arange(len(weight)), weight.size >= LARGE
+    fetched, step = np.float32(0), max(4, 2**16 // weight.shape[1] // 4 * 4)
+    for start in range(first, last, step):
+        stop = min(start + step, last)
+        if large:
+            fetched += fetch(weight, start, stop)
+        add_products(x, rows, weight, outputs, start, stop, out, rows)
+    return fetched
 
 
 # ------------------------------------------------------------------------------------------------- norms and nonlinearities
@@ -197,7 +225,7 @@ def linear(x, weight, out, threads):
 @compiled
 def exp(x):
     """e^x to 2 ulp, in arithmetic that LLVM turns into vectors, unlike the C library's: e^x = 2^n e^r with |r| <= ln(2) / 2."""
-    x = min(max(x, np.float32(-87.3)), np.float32(88.7))
+    x = min(max(x, np.float32(-87.3)), np.float32(88.3))  # where 2^n has a float
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)  # ln(2) in two parts
     e = np.float32(1.9875691e-4)
@@ -450,15 +478,16 @@ def routed_experts(x, experts, weights, gate_up, down, out, threads):
     token, weight, ends = sort_by_expert(experts, weights, e)
     act, ups = np.zeros((n * k, width), dtype=np.float32), np.zeros((n * k, width), dtype=np.float32)
     parts = parts_worth(n * k * h * width * 3, threads)
+    fetched = np.empty(parts, dtype=np.float32)  # as in `linear`
     if parts == 1:
-        experts_in(x, token, weight, ends, gate_up, act, ups, 0, width)
-        experts_out(act, token, ends, down, out, 0, h)
+        fetched[0] = experts_in(x, token, weight, ends, gate_up, act, ups, 0, width)
+        fetched[0] = experts_out(act, token, ends, down, out, 0, h)
         return
     for part in prange(parts):
         first, last = part_of(width, part, parts), part_of(width, part + 1, parts)
-        experts_in(x, token, weight, ends, gate_up, act, ups, first, last)
+        fetched[part] = experts_in(x, token, weight, ends, gate_up, act, ups, first, last)
     for part in prange(parts):
-        experts_out(act, token, ends, down, out, part_of(h, part, parts), part_of(h, part + 1, parts))
+        fetched[part] = experts_out(act, token, ends, down, out, part_of(h, part, parts), part_of(h, part + 1, parts))
 
 
 @compiled
@@ -488,25 +517,31 @@ def sort_by_expert(experts, weights, e):
 def experts_in(x, token, weight, ends, gate_up, act, ups, first, last):
     """act = weight * silu(gate(x)) * up(x): columns `first` to `last` of all rows, (r, i)."""
     rows, columns, width = np.arange(len(token)), np.arange(act.shape[1]), act.shape[1]
-    start = 0
+    start, fetched, large = 0, np.float32(0), gate_up.size >= LARGE
     for expert in range(len(ends)):
         mine = slice(start, ends[expert])
         if mine.stop > start:
+            if large:
+                fetched += fetch(gate_up[expert], first, last) + fetch(gate_up[expert], width + first, width + last)
             add_products(x, token[mine], gate_up[expert, :width], columns, first, last, act, rows[mine])
             add_products(x, token[mine], gate_up[expert, width:], columns, first, last, ups, rows[mine])
         start = mine.stop
     for row in range(len(token)):
         for c in range(first, last):
             act[row, c] *= sigmoid(act[row, c]) * ups[row, c] * weight[row]
+    return fetched
 
 
 @compiled
 def experts_out(act, token, ends, down, out, first, last):
     """out += down(act): columns `first` to `last`, each row's to its token."""
     rows, columns = np.arange(len(token)), np.arange(out.shape[1])
-    start = 0
+    start, fetched, large = 0, np.float32(0), down.size >= LARGE
     for expert in range(len(ends)):
         mine = slice(start, ends[expert])
         if mine.stop > start:
+            if large:
+                fetched += fetch(down[expert], first, last)
             add_products(act, rows[mine], down[expert], columns, first, last, out, token[mine])
         start = mine.stop
+    return fetched
