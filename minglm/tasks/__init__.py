@@ -1,0 +1,1 @@
+"""The task world: problem families with worked solutions, tools, and exact verifiers."""
