@@ -1,0 +1,3 @@
+"""Families whose answers are Python code, judged by hidden tests in the sandbox."""
+
+FAMILIES = ()
