@@ -1,0 +1,3 @@
+"""General ability: instruction following, translation, long documents, safety, and style."""
+
+FAMILIES = ()
