@@ -1,5 +1,6 @@
 """Problems that are solved with tools, in a world that answers."""
 
+from minglm.tasks.agents.function_calling import FunctionCalling
 from minglm.tasks.task import Problem
 
-FAMILIES: tuple[type[Problem], ...] = ()
+FAMILIES: tuple[type[Problem], ...] = (FunctionCalling,)
