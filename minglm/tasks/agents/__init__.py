@@ -1,6 +1,7 @@
 """Problems that are solved with tools, in a world that answers."""
 
 from minglm.tasks.agents.function_calling import FunctionCalling
+from minglm.tasks.agents.shop import ShopCounter
 from minglm.tasks.task import Problem
 
-FAMILIES: tuple[type[Problem], ...] = (FunctionCalling,)
+FAMILIES: tuple[type[Problem], ...] = (FunctionCalling, ShopCounter)
