@@ -22,7 +22,7 @@ import hashlib
 import json
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 Message = dict[str, Any]
@@ -102,7 +102,8 @@ class Problem(ABC):
 
     @property
     def key(self) -> str:
-        """The content: problems with equal keys are the same problem."""
+        """The content: problems with equal keys are the same problem. A family that asks one thing in several wordings
+        leaves the wording out, so that both wordings are in one split."""
         return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
 
     def start(self) -> Episode:
@@ -158,9 +159,9 @@ def problems(
 
 
 def final_content(response: Sequence[Message]) -> str:
-    """The content of the assistant's last message; empty if there is none."""
-    for message in reversed(response):
-        if message.get("role") == "assistant":
+    """The content of the assistant's last message; empty if there is none, whatever else the response holds."""
+    for message in reversed(response) if isinstance(response, list | tuple) else ():
+        if isinstance(message, Mapping) and message.get("role") == "assistant":
             content = message.get("content")
             return content if isinstance(content, str) else ""
     return ""
