@@ -55,7 +55,7 @@ def describe(plan: Plan, streams: Sequence[TokenStream], recipe: Recipe, model: 
         f"{config.n_routed_experts} experts of which a token uses {config.num_experts_per_tok}, "
         f"{'an' if model.mtp else 'no'} MTP layer, {tokenizer.vocab_size:,} token ids"
     )
-    rows = [_sequences(plan, stage, recipe) for stage in plan.stages]
+    rows = [_sequences(plan, stage) for stage in plan.stages]
     tokens = sum(sequences * stage.sequence_length for sequences, stage in zip(rows, plan.stages, strict=True))
     if not recipe.stages:
         print(
@@ -81,11 +81,11 @@ def _shares(stage: PlannedStage, sequences: int, stream: TokenStream) -> str:
     return ", ".join(f"{domain} {weight / total:.0%} ({epochs[domain]:.2f}x)" for domain, weight in stage.mixture.items())
 
 
-def _sequences(plan: Plan, stage: PlannedStage, recipe: Recipe) -> int:
+def _sequences(plan: Plan, stage: PlannedStage) -> int:
     """That the stage deals in all."""
-    training, micro = recipe.training, stage.sequences_per_micro_batch
+    micro = stage.sequences_per_micro_batch
     warming = range(stage.first_step, min(stage.last_step, plan.batch_warmup_steps) + 1)
-    full, first = stage.sequences_per_step // micro, training.first_sequences_per_step // micro
+    full, first = stage.sequences_per_step // micro, plan.first_sequences_per_step // micro
     grown = sum(micro_batches_at(step, full, first, plan.batch_warmup_steps) for step in warming)
     return micro * (grown + (stage.steps - len(warming)) * full)
 

@@ -66,11 +66,7 @@ class Training:
         micro = self.sequences_per_micro_batch
         multiple = f"a multiple of sequences_per_micro_batch = {micro}"
         _require(self.sequences_per_step % micro == 0, "sequences_per_step", self.sequences_per_step, multiple)
-        if self.batch_warmup_steps:
-            first = self.first_sequences_per_step
-            fits = first % micro == 0 and 0 < first <= self.sequences_per_step
-            _require(fits, "first_sequences_per_step", first, f"{multiple}, up to sequences_per_step")
-        else:
+        if not self.batch_warmup_steps:
             _require(not self.first_sequences_per_step, "batch_warmup_steps", 0, "how long first_sequences_per_step grows")
 
 

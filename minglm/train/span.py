@@ -30,7 +30,11 @@ class Span:
 
     def share_data(self, recipe: Recipe) -> Recipe:
         """A run that starts from another one reads its data, unless the recipe names a place."""
-        if self.from_run is None or recipe.data.folder is not None:
+        if self.from_run is None:
+            return recipe
+        if self.from_stage is None:
+            raise ConfigError("from_run without from_stage: wanted the name of the stage to start with, too")
+        if recipe.data.folder is not None:
             return recipe
         folder = load_recipe(RunFolder(self.from_run).config).data.folder or self.from_run / "data"
         return replace(recipe, data=replace(recipe.data, folder=folder.resolve()))
@@ -43,8 +47,6 @@ class Span:
         """
         plan = recipe.plan()
         last = plan.named(self.until_stage).last_step if self.until_stage else plan.steps
-        if self.from_run is not None and self.from_stage is None:
-            raise ConfigError("from_run without from_stage: wanted the name of the stage to start with, too")
         if self.from_stage is None:
             return folder.open(recipe, must_resume), last
         stage = plan.named(self.from_stage)

@@ -90,6 +90,7 @@ class Plan:
     warmup_steps: int  # of the learning rate
     decay_steps: int
     batch_warmup_steps: int
+    first_sequences_per_step: int  # the batch at step 1, where it is warmed up
 
     @property
     def steps(self) -> int:
@@ -126,17 +127,21 @@ def plan(recipe: "Recipe") -> Plan:
     else:
         require(training.steps > 0, "training.steps", training.steps, "1 or more, or stages with their tokens")
     stages: list[PlannedStage] = []
+    first_sequences = 0
     for number, stage in enumerate(recipe.stages or [_whole()]):
         where = f"stages.{stage.name}." if recipe.stages else "training."
         settings = _settings(recipe, stage, where)
+        if number == 0 and batch_warmup:
+            first_sequences = _first_sequences(recipe, settings, where)
         first = stages[-1].last_step + 1 if stages else 1
         if recipe.stages:
-            steps = _steps(recipe, stage, settings, batch_warmup if number == 0 else 0)
+            missing = batch_warmup * (settings["sequences_per_step"] - first_sequences) / 2 if number == 0 else 0
+            steps = _steps(recipe, stage, settings, missing)
         else:
             steps = max(1, scaled(training.steps))
         domains = {domain: weight for domain, weight in stage.mixture.items() if weight}
         stages.append(PlannedStage(stage.name, number, first, first + steps - 1, domains, stage.packing, **settings))
-    found = Plan(tuple(stages), scaled(schedule.warmup_steps), scaled(schedule.decay_steps), batch_warmup)
+    found = Plan(tuple(stages), scaled(schedule.warmup_steps), scaled(schedule.decay_steps), batch_warmup, first_sequences)
     require(
         found.warmup_steps + found.decay_steps <= found.steps,
         "schedule.warmup_steps",
@@ -186,13 +191,22 @@ def _settings(recipe: "Recipe", stage: Stage, where: str) -> dict:
     }
 
 
-def _steps(recipe: "Recipe", stage: Stage, settings: dict, batch_warmup: int) -> int:
-    """Of a stage, from its tokens; while the batch warms up, a step is smaller."""
+def _first_sequences(recipe: "Recipe", settings: dict, where: str) -> int:
+    """As many as keep the tokens of the first step, where the first stage has another sequence length than [training]."""
+    training, micro = recipe.training, settings["sequences_per_micro_batch"]
+    first = training.first_sequences_per_step * training.sequence_length // settings["sequence_length"]
+    fits = first % micro == 0 and 0 < first <= settings["sequences_per_step"]
+    wanted = f"a multiple of sequences_per_micro_batch = {micro}, up to sequences_per_step = {settings['sequences_per_step']}"
+    require(fits, f"{where}first_sequences_per_step", first, wanted)
+    return first
+
+
+def _steps(recipe: "Recipe", stage: Stage, settings: dict, missing: float) -> int:
+    """Of a stage, from its tokens; `missing`: sequences that its steps lack while the batch warms up."""
     training = recipe.training
     full = settings["sequences_per_step"] * settings["sequence_length"]
-    first = training.first_sequences_per_step * settings["sequence_length"]
     tokens = stage.tokens * training.scale
-    steps = round((tokens + batch_warmup * (full - first) / 2) / full)
+    steps = round(tokens / full + missing / settings["sequences_per_step"])
     if steps < 1:
         least = math.ceil(full / 2 / training.scale)
         raise ConfigError(

@@ -348,7 +348,7 @@ class Trainer:
         return micro_batches_at(
             step,
             self.stage.sequences_per_step // at_once,
-            self.recipe.training.first_sequences_per_step // at_once,
+            self.plan.first_sequences_per_step // at_once,
             self.plan.batch_warmup_steps,
         )
 
