@@ -1,0 +1,135 @@
+"""The task families as an exam: rewards on held-out problems, and how likely the right answer is to the model.
+
+A base model is asked in plain text behind solved problems, a chat model in the chat template; both with and without
+thinking. A model of a few million parameters may solve nothing at all, so graded measures stand beside the reward: nats
+per token of the right answer, and how often it is likelier than near misses.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from minglm.engine.engine import Engine
+from minglm.evals.attempts import Attempt, BaseForm, ChatForm, Form, attempt
+from minglm.evals.interval import ratio
+from minglm.evals.likelihood import Choice, choice_of_texts, choose
+from minglm.evals.measure import Measure, scored
+from minglm.evals.scoring import Scorer
+from minglm.tasks import FAMILIES
+from minglm.tasks.task import HELD_OUT, TRAIN, Message, Problem, problems
+from minglm.tasks.text import conversation_text, ended, in_one_form
+from minglm.tokenizer import Tokenizer
+
+SHOTS = 2
+LEVELS = 2  # of a family's difficulties, from the easiest on: what small models differ in
+NEAR_MISSES = 3
+DRAWS_A_PROBLEM = 8  # before a small family's split is taken for exhausted
+
+
+def exam(family: type[Problem], limit: int, seed: int = 0, levels: int = LEVELS) -> list[Problem]:
+    """Up to `limit` different held-out problems of the `levels` easiest difficulties; fewer where there are no more."""
+    found: dict[str, Problem] = {}
+    for problem in islice(problems(family, HELD_OUT, seed, family.difficulties[:levels]), DRAWS_A_PROBLEM * limit):
+        found.setdefault(problem.key, problem)
+        if len(found) == limit:
+            break
+    return list(found.values())
+
+
+def shots_of(family: type[Problem], seed: int = 0, levels: int = LEVELS, count: int = SHOTS) -> tuple[Problem, ...]:
+    """Solved problems to show: of the training split, so that none of them is asked."""
+    return tuple(islice(problems(family, TRAIN, seed, family.difficulties[:levels]), count))
+
+
+def forms(suite: str, tokenizer: Tokenizer, family: type[Problem], seed: int, levels: int) -> Iterator[tuple[str, Form]]:
+    """How the suite asks, by name: "base" or "chat"."""
+    shots = shots_of(family, seed, levels) if suite == "base" else ()
+    for thinking in (False, True):
+        mode = "thinking" if thinking else "at once"
+        if suite == "base":
+            yield f"{len(shots)} shots, {mode}", BaseForm(tokenizer, shots, thinking)
+        else:
+            yield f"chat, {mode}", ChatForm(tokenizer, thinking)
+
+
+def rewards(
+    engine: Engine,
+    suite: str,
+    limit: int,
+    seed: int = 0,
+    levels: int = LEVELS,
+    families: Sequence[str] | None = None,
+    progress: bool = False,
+) -> Iterator[Measure]:
+    """The mean reward of greedy answers in each family and mode, with the family's chance level."""
+    for name in FAMILIES if families is None else families:
+        asked = exam(FAMILIES[name], limit, seed, levels)
+        for quantity, form in forms(suite, engine.tokenizer, FAMILIES[name], seed, levels):
+            yield judged(name, f"reward, {quantity}", attempt(engine, form, asked, seed, f"{name}: {quantity}", progress))
+
+
+def judged(name: str, quantity: str, attempts: Sequence[Attempt]) -> Measure:
+    """The mean reward; what the model could not be asked is counted beside it, or as 0 if it could be asked nothing."""
+    asked = [one for one in attempts if not one.too_long] or attempts
+    chance = sum(one.problem.chance for one in asked) / len(asked)
+    scores = [one.verdict.reward for one in asked]
+    return scored("families", name, quantity, scores, chance, left_out=sum(one.too_long for one in attempts))
+
+
+def graded(
+    scorer: Scorer, limit: int, seed: int = 0, levels: int = LEVELS, families: Sequence[str] | None = None
+) -> Iterator[Measure]:
+    """Nats per token of the right answer given the question, and how often the right one is chosen among near misses.
+
+    Both behind `SHOTS` solved problems that fit, answered at once. Of an agent's answer only the first turn counts.
+    """
+    room = scorer.model.config.max_position_embeddings
+    for name in FAMILIES if families is None else families:
+        form = BaseForm(scorer.tokenizer, shots_of(FAMILIES[name], seed, levels), thinking=False)
+        rng = random.Random(f"near misses {name} {seed}")
+        asked = exam(FAMILIES[name], limit, seed, levels)
+        found = [question for problem in asked if (question := _question(scorer, form, problem, rng, room))]
+        if not found:
+            continue
+        scores = scorer.score([choice.passage for choice in found], f"{name}: likelihood")
+        left_out = len(asked) - len(found)
+        nats, tokens = [], []
+        for choice, one in zip(found, scores, strict=True):
+            # The mark of the end, which follows every answer, would make each look likelier than it is.
+            ids = choice.passage.continuations[0]
+            counted = [bool(scorer.tokenizer.decode_bytes([id]).strip()) for id in ids]
+            nats.append(float(one.continuations[0].nats[counted].sum()))
+            tokens.append(sum(counted))
+        quantity = f"nats per answer token, {len(form.shots)} shots"
+        yield Measure("families", name, quantity, ratio(nats, tokens), lower_is_better=True, left_out=left_out)
+        several = [(c, one) for c, one in zip(found, scores, strict=True) if len(c.byte_lengths) > 1]
+        if several:
+            values = [choose(one.continuations, c.byte_lengths) for c, one in several]
+            chance = sum(1 / len(c.byte_lengths) for c, _ in several) / len(several)
+            yield scored("families", name, "chosen among near misses", values, chance, len(asked) - len(several))
+
+
+def _question(scorer: Scorer, form: BaseForm, problem: Problem, rng: random.Random, room: int) -> Choice | None:
+    """The right answer and near misses as text behind the prompt; None if no prompt and answer fit the positions."""
+    begun = form.begun(problem)
+    right = _first_turn(problem.demonstrate(thinking=False), begun)
+    wrong: dict[str, None] = {}
+    for _ in range(2 * NEAR_MISSES):
+        miss = _first_turn(problem.near_miss(rng), begun)
+        if miss is not None and miss != right and len(wrong) < NEAR_MISSES:
+            wrong[miss] = None
+    if right is None:
+        return None
+    for shots in range(len(form.shots), -1, -1):
+        choice = choice_of_texts(scorer, form.text(problem, (), shots), right, list(wrong))
+        if len(choice.passage.prompt) + max(map(len, choice.passage.continuations)) <= room:
+            return choice
+    return None
+
+
+def _first_turn(response: Sequence[Message], begun: str) -> str | None:
+    """The text of the first message, without what the prompt has begun; None where it does not begin so."""
+    message = {**in_one_form(response[0]), "reasoning_content": ""}
+    text = conversation_text([message])
+    text = ended(text) if len(response) == 1 else text
+    return text.removeprefix(begun) if text.startswith(begun) else None
