@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
 MIB = 1 << 20
-KilledBy = Literal["cpu", "wall", "memory", "output", "processes"]
+KilledBy = Literal["cpu", "wall", "memory", "output"]
 
 
 class SandboxError(RuntimeError):
@@ -25,7 +25,7 @@ class Limits:
     memory: int = 256 * MIB
     """Bytes of address space of each process, and of resident memory of all of them together."""
     processes: int = 8
-    """Processes and threads at a time, the first one counted. Where the level cannot count them, none but the first."""
+    """Processes and threads at a time, the first one counted. Level landlock cannot count, so it allows one process."""
     file_bytes: int = 8 * MIB
     """Bytes of a file that it writes."""
     output_bytes: int = MIB // 8
@@ -63,7 +63,11 @@ def check_files(files: Mapping[str, str]) -> None:
     """Raises SandboxError for a path that is not plain, relative and inside the folder, or for content that is not text."""
     for path, text in files.items():
         parts = PurePosixPath(path).parts
-        if not parts or path.startswith("/") or ".." in parts or "\0" in path or str(PurePosixPath(path)) != path:
+        if not parts or path.startswith("/") or ".." in parts or str(PurePosixPath(path)) != path:
             raise SandboxError(f"file {path!r}: wanted a plain relative path such as 'package/module.py'")
+        if any(str(folder) in files for folder in PurePosixPath(path).parents):
+            raise SandboxError(f"file {path!r}: one of the files has the name of its folder")
+        if not path.isprintable() or len(path) > 200:
+            raise SandboxError(f"file {path!r}: wanted at most 200 printable characters as a path")
         if not isinstance(text, str):
             raise SandboxError(f"file {path!r}: its content is {type(text).__name__}, wanted str")

@@ -33,11 +33,18 @@ ENFORCES: dict[Level, frozenset[str]] = {
     "landlock": _LIMITS | {"files", "network", "other_processes", "processes", "left_behind"},
     "none": _LIMITS,
 }
-"""What a level keeps code from. The limits by their names in Limits; disk: all files together; files: reading and writing
-outside; hidden_files: even seeing that files outside exist; other_processes: seeing the memory of, and signals to, processes outside;
-processes: more of them than allowed; left_behind: processes that outlive the run."""
+"""What a level keeps code from: exceeding the limits of these names, and
 
-_CHECK = (INSIDE.parent / "check.py").read_text(encoding="utf-8")
+disk: writing more than `disk_bytes` in all its files together
+files: reading and writing outside of its folder, but for reading Python and the system's programs
+hidden_files: even seeing that other files exist
+network: all sockets but pairs of its own
+other_processes: sending signals to processes outside, seeing their memory or environment
+processes: having more processes and threads than allowed (landlock: more processes than the first)
+left_behind: leaving a process that outlives the run
+"""
+
+_CHECK = (INSIDE / "check.py").read_text(encoding="utf-8")
 
 
 class Sandbox:
