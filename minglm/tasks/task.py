@@ -102,8 +102,8 @@ class Problem(ABC):
 
     @property
     def key(self) -> str:
-        """The content: problems with equal keys are the same problem. A family that asks one thing in several wordings
-        leaves the wording out, so that both wordings are in one split."""
+        """The content, which decides the split: problems with equal keys are in the same one. A family that asks one thing
+        in several wordings leaves the wording out."""
         return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
 
     def start(self) -> Episode:

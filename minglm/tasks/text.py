@@ -141,7 +141,7 @@ def read_answer(text: str) -> list[Message]:
     no JSON object stay a string. Without a label there is one message, whose content is the text.
     """
     messages: list[Message] = []
-    for label, content in _labelled(text.split(END, 1)[0]):
+    for label, content in _labelled(text.split(END, 1)[0]) or [(ANSWER, "")]:
         if label in (RESULT, USER):
             messages.append({"role": "tool" if label == RESULT else "user", "content": content})
             continue
