@@ -20,6 +20,7 @@ from minglm.train.recipe import Recipe, find_config, load_recipe
 if TYPE_CHECKING:
     from minglm.engine.engine import Engine
     from minglm.tokenizer import Tokenizer
+    from minglm.train.span import Span
 
 PROGRAM = "python -m minglm"
 DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without a command: demo."
@@ -42,7 +43,8 @@ class Demo:
 class Train:
     """Train by a recipe: a TOML file, or the name of one in configs/recipe.
 
-    Any key of the recipe can be overridden: --training.steps 100. Run again, it goes on from the newest checkpoint.
+    Any key of the recipe can be overridden: --training.scale 2, --stages.0.tokens 100000. Run again, it goes on from the
+    newest checkpoint.
     """
 
     recipe_file: Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -52,6 +54,12 @@ class Train:
     """Where everything is written (runs/ and the recipe's name)."""
     resume: bool = False
     """Refuse to start anew if there is no checkpoint to go on from."""
+    from_stage: str | None = None
+    """Start from the end of the stage before this one. In the run's own folder, what came later is deleted."""
+    from_run: Path | None = None
+    """With --from-stage: the folder of the run to start from (by default this one); a run of other later stages will do."""
+    until_stage: str | None = None
+    """Stop at the end of this stage; the same command without it goes on."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,7 @@ def run_demo(command: Demo) -> int:
     name = "quick" if command.quick else "nano"
     folder = command.run_folder or Path("runs", "quick" if command.quick else "demo")
     print(f"demo: tokenizer, training by configs/recipe/{name}.toml, plots and samples; everything is written to {folder}\n")
-    return _train(load_recipe(name), folder, must_resume=False)
+    return _train(load_recipe(name), folder)
 
 
 def run_train(command: Train) -> int:
@@ -234,21 +242,29 @@ def run_train(command: Train) -> int:
     # A run's own config.toml goes on with that run.
     folder = command.run_folder or (path.parent if path.name == "config.toml" else Path("runs", path.stem))
     print(f"train: {command.recipe_file}; everything is written to {folder}\n")
-    return _train(command.recipe, folder, command.resume)
+    from minglm.train.span import Span
+
+    return _train(command.recipe, folder, command.resume, Span(command.from_stage, command.from_run, command.until_stage))
 
 
-def _train(recipe: Recipe, folder: Path, must_resume: bool) -> int:
+def _train(recipe: Recipe, folder: Path, must_resume: bool = False, span: "Span | None" = None) -> int:
     from minglm.engine.generate import generate
     from minglm.train.metrics import read_metrics
     from minglm.train.run_folder import RunFolder
+    from minglm.train.span import WHOLE_RUN
     from minglm.train.trainer import train
 
-    outcome = train(recipe, folder, generate, must_resume)
+    outcome = train(recipe, folder, generate, must_resume, span or WHOLE_RUN)
     run = RunFolder(folder)
     if outcome.stopped_by is not None:
         print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
         print(f"to go on: {PROGRAM} train {run.config}")
         return 128 + outcome.stopped_by
+    last_step = recipe.plan().steps
+    if outcome.step < last_step:
+        print(f"\nthe stage has ended with step {outcome.step:,} of {last_step:,}: {outcome.checkpoint}")
+        print(f"to go on: {PROGRAM} train {run.config}")
+        return 0
     held_out = [record for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
     first, last = (record["bits_per_byte"] for record in (held_out[0], held_out[-1]))
     print(f"""

@@ -60,6 +60,7 @@ def _get_tokenizer(recipe: Recipe, corpus: Corpus, folder: Path) -> Tokenizer:
         "documents": corpus.identity,
         "tokenizer": recipe.tokenizer,
         "vocab_size": None if characters else recipe.model.vocab_size,
+        "digits": "each an id",
     }
     if folder.exists():
         _check_trained_from(identity, folder)
