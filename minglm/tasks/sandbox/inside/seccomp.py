@@ -41,6 +41,21 @@ _REFUSED = {
 _ABSENT = {
     "clone3": (435, 435), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426), "io_uring_register": (427, 427),
 }  # fmt: skip
+# what Landlock does not guard: owners, modes, times and attributes of files that may be read
+_ATTRIBUTES = {
+    "chmod": (90, -1), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, -1),
+    "lchown": (94, -1), "fchown": (93, 55), "fchownat": (260, 54), "utime": (132, -1), "utimes": (235, -1),
+    "utimensat": (280, 88), "futimesat": (261, -1), "setxattr": (188, 5), "lsetxattr": (189, 6), "fsetxattr": (190, 7),
+    "removexattr": (197, 14), "lremovexattr": (198, 15), "fremovexattr": (199, 16), "setxattrat": (463, 463),
+    "removexattrat": (466, 466), "file_setattr": (469, 469),
+}  # fmt: skip
+# what it does not, of other processes of the same user
+_PRIORITIES = {
+    "setpriority": (141, 140), "ioprio_set": (251, 30), "sched_setaffinity": (203, 122), "sched_setparam": (142, 118),
+}  # fmt: skip
+_PRLIMIT = (302, 261)
+_IOCTL = (16, 29)
+_HARMLESS_IOCTLS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal; bytes waiting; blocking; closed at exec
 _FORK = {"fork": (57, -1), "vfork": (58, -1)}
 _QUEUE_SIGNAL = {"rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}
 _CLONE, _SOCKET_PAIR = (56, 220), (53, 199)
@@ -57,14 +72,15 @@ _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _SECCOMP, _FILTER = 22, 2  # prctl
 
 
-def install(forks: bool, only_own_signals: int | None = None) -> None:
+def install(forks: bool, own: int | None = None) -> None:
     """Refuse the calls, for this process and all that it starts, for good. Raises OSError where the kernel cannot.
 
-    forks: may start processes. only_own_signals: its process id, to let it send signals to no other process.
+    forks: may start processes. own: its process id, where no namespaces part it from others: it may then send signals to
+    no other process, and change no attributes of files and processes.
     """
     if system.MACHINE not in _ARCHITECTURE:
         raise OSError(f"seccomp: no numbers of system calls known for {system.MACHINE}")
-    program = b"".join(struct.pack("HBBI", *step) for step in _program(forks, only_own_signals))
+    program = b"".join(struct.pack("HBBI", *step) for step in _program(forks, own))
     code = ctypes.create_string_buffer(program, len(program))
     length = len(program) // 8
     pointer = struct.pack("H6xQ", length, ctypes.addressof(code))
@@ -108,6 +124,11 @@ def _program(forks: bool, own: int | None) -> list[tuple[int, int, int, int]]:
             program += when(numbers, refuse)
     program += when(_CLONE, *flags, allow)
     if own is not None:
+        for numbers in (_ATTRIBUTES | _PRIORITIES).values():
+            program += when(numbers, refuse)
+        kinds = [step for kind in _HARMLESS_IOCTLS for step in ((_EQUAL, 0, 1, kind), allow)]
+        program += when(_IOCTL, (_LOAD, 0, 0, _ARGUMENT + 8), *kinds, refuse)
+        program += when(_PRLIMIT, (_LOAD, 0, 0, _ARGUMENT), (_EQUAL, 1, 0, 0), (_EQUAL, 0, 1, own), allow, refuse)
         for numbers in _SIGNAL.values():
             program += when(numbers, (_LOAD, 0, 0, _ARGUMENT), (_EQUAL, 1, 0, own), refuse, allow)
         program += when(_TKILL, refuse)

@@ -62,7 +62,7 @@ def _give_up_privileges(box: str, level: str, readable: list[str]) -> None:
     system.forbid_new_privileges()
     system.drop_capabilities()
     alone = level == "landlock"  # what cannot be counted must not be
-    seccomp.install(forks=not alone, only_own_signals=os.getpid() if alone else None)
+    seccomp.install(forks=not alone, own=os.getpid() if alone else None)
 
 
 def _replace_by(command: list[str]) -> None:
