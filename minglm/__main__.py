@@ -15,6 +15,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from minglm.config import ConfigError, GLMConfig
+from minglm.evals.command import Eval, run_eval
 from minglm.train.recipe import Recipe, find_config, load_recipe
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
             Demo: run_demo,
             Train: run_train,
             Ablate: run_ablate,
+            Eval: run_eval,
             Params: run_params,
             Bench: run_bench,
             Race: run_race,
@@ -209,7 +211,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Race | Chat | Serve | Convert:
+def _parse(arguments: list[str]) -> Demo | Train | Ablate | Eval | Params | Bench | Race | Chat | Serve | Convert:
     """After `train RECIPE`, that recipe's values are the defaults of the options; in plain `train --help`, nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
@@ -217,6 +219,7 @@ def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Rac
         Annotated[Demo, subcommand("demo")]
         | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
         | Annotated[Ablate, subcommand("ablate")]
+        | Annotated[Eval, subcommand("eval")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
         | Annotated[Race, subcommand("race")]
