@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from minglm.checkpoint import CheckpointError
 from minglm.data import shards
-from minglm.data.shards import DatasetError, VocabularyMismatch, open_dataset, prepare
+from minglm.data.shards import FORMAT_VERSION, DatasetError, VocabularyMismatch, open_dataset, prepare
 from minglm.data.sources import Corpus, DataError, Document, documents_from_path, split_documents
 from minglm.tokenizer import END_OF_DOCUMENT, train_tokenizer
 
@@ -77,7 +77,9 @@ def test_tokens_and_fingerprint_are_independent_of_the_size_of_shards(shard_toke
 @given(st.lists(st.sampled_from(BREAKS), min_size=1, max_size=50).map("".join), st.integers(1, 20))
 def test_a_long_text_has_the_same_tokens_encoded_in_pieces(text, piece):
     with mock.patch.object(shards, "_PIECE_CHARACTERS", piece):
-        assert shards._encode([text, "b", text], JOINER) == [JOINER.encode(t) for t in (text, "b", text)]
+        assert shards._encode([Document(t, "n", "s", "prose") for t in (text, "b", text)], JOINER) == [
+            JOINER.encode(t) for t in (text, "b", text)
+        ]
 
 
 def test_user_text_cannot_end_a_document(tmp_path):
@@ -188,7 +190,8 @@ def test_files_that_contradict_each_other_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "text, found", [("{", "not JSON"), ("[]", "format_version is None, wanted 1"), ('{"format_version": 99}', "is 99")]
+    "text, found",
+    [("{", "not JSON"), ("[]", f"format_version is None, wanted {FORMAT_VERSION}"), ('{"format_version": 99}', "is 99")],
 )
 def test_a_damaged_or_unknown_manifest_is_refused(folder, text, found):
     (folder / "manifest.json").write_text(text)

@@ -50,8 +50,12 @@ class DataError(ValueError):
 class Document:
     """One text.
 
-    `name` says where it is from within its `source`; `domain` is "prose" or "code". `group` is set where a document
-    must go to the same split as its siblings: the module that a source file or a docstring belongs to.
+    `name` says where it is from within its `source`; `domain` is what mixtures give weights to: "prose", "code" or any
+    other name. `group` is set where a document must go to the same split as its siblings: the module that a source file or
+    a docstring belongs to. `split` is set where a document says itself which one it belongs to ("train", "held_out").
+
+    `marks` are the special tokens within the document: (offset, name) puts the token `name` before the character
+    text[offset]. Special tokens come from marks alone: their names in `text` are text like any other.
     """
 
     text: str
@@ -59,6 +63,18 @@ class Document:
     source: str
     domain: str
     group: str | None = None
+    split: str | None = None
+    marks: tuple[tuple[int, str], ...] = ()
+
+    def __post_init__(self):
+        """Raises DataError for another split, and for marks that are out of order or outside the text."""
+        if self.split not in (None, TRAIN, HELD_OUT):
+            raise DataError(f"{self.source}, {self.name}: split is {self.split!r}; wanted {TRAIN!r}, {HELD_OUT!r} or None")
+        offsets = [offset for offset, _ in self.marks]
+        if offsets != sorted(offsets) or (offsets and not 0 <= offsets[0] <= offsets[-1] <= len(self.text)):
+            raise DataError(
+                f"{self.source}, {self.name}: marks stand at {offsets}; wanted rising offsets from 0 to {len(self.text)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,7 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         seen: set[bytes] = set()
         for document in self.read():
-            digest = _digest(document.text)
+            digest = _digest(document.text) + _digest(json.dumps(document.marks))
             if digest not in seen and not _is_blank(document.text):
                 seen.add(digest)
                 yield document
@@ -88,6 +104,7 @@ class Corpus:
         for document in documents:
             for field in (document.text, document.name, document.source, document.domain, document.group or ""):
                 content.update(_digest(field))
+            content.update(_digest(json.dumps([document.split, document.marks])))
         return cls(lambda: documents, {"documents": len(documents), "sha256": content.hexdigest()})
 
     def in_memory(self) -> "Corpus":
@@ -108,13 +125,15 @@ def _is_blank(text: str) -> bool:
 
 
 def split_of(document: Document) -> str:
-    """The split of a document: by a hash of its content, one in 50 is "held_out", the rest is "train".
+    """The split of a document: its own `split`, or by a hash of its content: one in 50 is "held_out", the rest is "train".
 
     Documents with a `group` go by a hash of the group's name instead, so that code is held out by whole modules of the
     standard library (`csv`, `asyncio`) and whole modules or sub-packages of other packages (`networkx.readwrite`),
     together with their docstrings: no held-out docstring stands in a training file. The choice depends on nothing else,
     so it is the same on every machine, and stays when documents are added.
     """
+    if document.split is not None:
+        return document.split
     digest = _digest(f"{HELD_OUT_SALT} {document.text if document.group is None else document.group}")
     return HELD_OUT if int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0 else TRAIN
 
@@ -124,7 +143,7 @@ def split_documents(documents: Iterable[Document]) -> Iterator[tuple[str, Docume
 
     A corpus of at least 500 documents is split by document (`split_of`). In a smaller one (a novel, a folder of notes)
     one in 50 could be none, so each document is split by position: the first 90% of its characters train, the last 10%
-    are held out.
+    are held out. Documents that say their own split stay whole, and so do those with marks, which hold for a whole text.
     """
     documents = iter(documents)
     first = list(itertools.islice(documents, FEWEST_TO_SPLIT_BY_DOCUMENT))
@@ -133,6 +152,9 @@ def split_documents(documents: Iterable[Document]) -> Iterator[tuple[str, Docume
             yield split_of(document), document
         return
     for document in first:
+        if document.split or document.marks:
+            yield split_of(document), document
+            continue
         cut = int(len(document.text) * TRAIN_SHARE_WITHIN_DOCUMENT)
         for split, text in ((TRAIN, document.text[:cut]), (HELD_OUT, document.text[cut:])):
             if text:
