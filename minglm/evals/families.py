@@ -9,12 +9,13 @@ import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+import numpy as np
+
 from minglm.engine.engine import Engine
 from minglm.evals.attempts import Attempt, BaseForm, ChatForm, Form, attempt
 from minglm.evals.interval import ratio
-from minglm.evals.likelihood import Choice, choice_of_texts, choose
 from minglm.evals.measure import Measure, scored
-from minglm.evals.scoring import Scorer
+from minglm.evals.scoring import Passage, Scored, Scorer, split_at_choice
 from minglm.tasks import FAMILIES
 from minglm.tasks.task import HELD_OUT, TRAIN, Message, Problem, problems
 from minglm.tasks.text import conversation_text, ended, in_one_form
@@ -81,49 +82,68 @@ def graded(
 ) -> Iterator[Measure]:
     """Nats per token of the right answer given the question, and how often the right one is chosen among near misses.
 
-    Both behind `SHOTS` solved problems that fit, answered at once. Of an agent's answer only the first turn counts.
+    Both behind `SHOTS` solved problems, or as many as fit, answered at once. Of an agent's answer only the first turn counts.
+
+    Chosen is the answer that its question makes likelier by most: log P(answer | question) - log P(answer | another problem's
+    question). By the first term alone a model that knows nothing may be far from chance, for right answers and near misses
+    differ in kind: a wrong sign is longer, a wrong digit a rarer one (Holtzman et al., arXiv 2104.08315).
     """
-    room = scorer.model.config.max_position_embeddings
     for name in FAMILIES if families is None else families:
         form = BaseForm(scorer.tokenizer, shots_of(FAMILIES[name], seed, levels), thinking=False)
-        rng = random.Random(f"near misses {name} {seed}")
         asked = exam(FAMILIES[name], limit, seed, levels)
-        found = [question for problem in asked if (question := _question(scorer, form, problem, rng, room))]
-        if not found:
+        rng = random.Random(f"near misses {name} {seed}")
+        pairs = [_question(scorer, form, problem, asked[i - 1], rng) for i, problem in enumerate(asked)]
+        pairs = [pair for pair in pairs if pair is not None]
+        if not pairs:
             continue
-        scores = scorer.score([choice.passage for choice in found], f"{name}: likelihood")
-        left_out = len(asked) - len(found)
+        scores = scorer.score([passage for pair in pairs for passage in pair], f"{name}: likelihood")
+        own, others = scores[::2], scores[1::2]
+        left_out = len(asked) - len(pairs)
         nats, tokens = [], []
-        for choice, one in zip(found, scores, strict=True):
+        for (passage, _), one in zip(pairs, own, strict=True):
             # The mark of the end, which follows every answer, would make each look likelier than it is.
-            ids = choice.passage.continuations[0]
-            counted = [bool(scorer.tokenizer.decode_bytes([id]).strip()) for id in ids]
+            counted = [bool(scorer.tokenizer.decode_bytes([id]).strip()) for id in passage.continuations[0]]
             nats.append(float(one.continuations[0].nats[counted].sum()))
             tokens.append(sum(counted))
         quantity = f"nats per answer token, {len(form.shots)} shots"
         yield Measure("families", name, quantity, ratio(nats, tokens), lower_is_better=True, left_out=left_out)
-        several = [(c, one) for c, one in zip(found, scores, strict=True) if len(c.byte_lengths) > 1]
-        if several:
-            values = [choose(one.continuations, c.byte_lengths) for c, one in several]
-            chance = sum(1 / len(c.byte_lengths) for c, _ in several) / len(several)
-            yield scored("families", name, "chosen among near misses", values, chance, len(asked) - len(several))
+        choices = [
+            (raised(one.continuations, other.continuations), len(one.continuations))
+            for one, other in zip(own, others, strict=True)
+            if len(one.continuations) > 1
+        ]
+        if choices and len(asked) > 1:
+            values, sizes = zip(*choices, strict=True)
+            chance = sum(1 / size for size in sizes) / len(sizes)
+            yield scored("families", name, "chosen among near misses", values, chance, left_out)
 
 
-def _question(scorer: Scorer, form: BaseForm, problem: Problem, rng: random.Random, room: int) -> Choice | None:
-    """The right answer and near misses as text behind the prompt; None if no prompt and answer fit the positions."""
+def raised(own: Sequence[Scored], others: Sequence[Scored]) -> float:
+    """1 if the first answer is the one that its own question raises most over another question; a share of a tie."""
+    gains = np.array([other.total - one.total for one, other in zip(own, others, strict=True)])
+    best = np.isclose(gains, gains.max(), rtol=1e-6, atol=1e-6)
+    return float(best[0] / best.sum())
+
+
+def _question(
+    scorer: Scorer, form: BaseForm, problem: Problem, other: Problem, rng: random.Random
+) -> tuple[Passage, Passage] | None:
+    """The right answer and near misses as text, behind the problem and behind another one; None if they do not fit."""
     begun = form.begun(problem)
     right = _first_turn(problem.demonstrate(thinking=False), begun)
+    if right is None:
+        return None
     wrong: dict[str, None] = {}
     for _ in range(2 * NEAR_MISSES):
         miss = _first_turn(problem.near_miss(rng), begun)
         if miss is not None and miss != right and len(wrong) < NEAR_MISSES:
             wrong[miss] = None
-    if right is None:
-        return None
     for shots in range(len(form.shots), -1, -1):
-        choice = choice_of_texts(scorer, form.text(problem, (), shots), right, list(wrong))
-        if len(choice.passage.prompt) + max(map(len, choice.passage.continuations)) <= room:
-            return choice
+        pair = tuple(
+            split_at_choice(scorer.tokenizer, form.text(asked, (), shots), [right, *wrong]) for asked in (problem, other)
+        )
+        if max(passage.longest for passage in pair) <= scorer.model.config.max_position_embeddings:
+            return pair
     return None
 
 

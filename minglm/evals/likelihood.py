@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -67,38 +66,20 @@ def bits_per_byte(scorer: Scorer, dataset: Dataset, domain: str, window: int, ma
     return Measure("bits", domain, f"bits per byte, windows of {window}", estimate, lower_is_better=True)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A question with its answers, of which the first is right."""
+def choose(scores: Sequence[Scored]) -> float:
+    """1 if the first answer is the likeliest, by nats per token; a tie with others counts as a share.
 
-    passage: Passage
-    byte_lengths: tuple[int, ...]  # of each answer
-
-
-def choice_of_texts(scorer: Scorer, prompt: str, right: str, wrong: Sequence[str]) -> Choice:
-    """Raises ScoringError for a prompt that leaves no token before the answers."""
-    answers = (right, *wrong)
-    return Choice(split_at_choice(scorer.tokenizer, prompt, answers), tuple(len(answer.encode()) for answer in answers))
+    A sum would favour short answers. Per token, a model that knows nothing, to which all tokens are equally likely, finds
+    all answers equal, and so is at chance however long they are.
+    """
+    values = np.array([one.total / len(one.nats) for one in scores])
+    best = np.isclose(values, values.min(), rtol=1e-6, atol=0)
+    return float(best[0] / best.sum())
 
 
-def normalised(scores: Sequence[Scored], byte_lengths: Sequence[int]) -> list[float]:
-    """Nats per byte of each answer, by which answers of unequal length are compared: a sum would favour the short ones, and
-    nats per token those that the tokenizer cuts into many likely pieces."""
-    return [one.total / length for one, length in zip(scores, byte_lengths, strict=True)]
-
-
-def choose(scores: Sequence[Scored], byte_lengths: Sequence[int]) -> float:
-    """1 if the first answer is the likeliest by `normalised`; a tie with others counts as a share."""
-    values = normalised(scores, byte_lengths)
-    if values[0] > min(values):
-        return 0.0
-    return 1 / values.count(values[0])
-
-
-def multiple_choice(scorer: Scorer, choices: Sequence[Choice], about: str = "choose") -> list[float]:
-    """Score of each question."""
-    found = scorer.score([choice.passage for choice in choices], about)
-    return [choose(one.continuations, choice.byte_lengths) for one, choice in zip(found, choices, strict=True)]
+def multiple_choice(scorer: Scorer, questions: Sequence[Passage], about: str = "choose") -> list[float]:
+    """Score of each question, whose first continuation is the right answer."""
+    return [choose(one.continuations) for one in scorer.score(questions, about)]
 
 
 def continuations(scorer: Scorer, dataset: Dataset, domain: str, window: int, limit: int, seed: int = 0) -> Measure | None:
@@ -114,18 +95,16 @@ def continuations(scorer: Scorer, dataset: Dataset, domain: str, window: int, li
             cut = int(rng.integers(2 * CONTINUED, len(document) - CONTINUED + 1))
             before, after = document[max(0, cut + CONTINUED - window) : cut], document[cut : cut + CONTINUED]
             if lengths[after].all() and len(before):  # text only
-                cuts.append((before.tolist(), after))
+                cuts.append((before.tolist(), after.tolist()))
         if len(cuts) == limit:
             break
     if len(cuts) < CHOICES:
         return None
-    choices = []
+    questions = []
     for number, (before, after) in enumerate(cuts):
         others = rng.choice([n for n in range(len(cuts)) if n != number], CHOICES - 1, replace=False)
-        answers = [after, *(cuts[other][1] for other in others)]
-        sizes = tuple(int(lengths[answer].sum()) for answer in answers)
-        choices.append(Choice(Passage(before, tuple(answer.tolist() for answer in answers)), sizes))
-    scores = multiple_choice(scorer, choices, f"continuations: {domain}")
+        questions.append(Passage(before, (after, *(cuts[other][1] for other in others))))
+    scores = multiple_choice(scorer, questions, f"continuations: {domain}")
     return scored("completion", domain, f"true continuation of {CHOICES}", scores, 1 / CHOICES)
 
 

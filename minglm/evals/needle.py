@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from minglm.evals.likelihood import Choice, choice_of_texts, choose
+from minglm.evals.likelihood import choose
 from minglm.evals.measure import EvaluationError, Measure, scored
-from minglm.evals.scoring import Scorer
+from minglm.evals.scoring import Passage, Scorer, split_at_choice
 from minglm.tasks.general.long_document import CODES, LongDocument, needle_document
 from minglm.tasks.task import HELD_OUT, split_of
 from minglm.tasks.text import ANSWER, answer_text, conversation_text, ended, prompt_text
@@ -67,36 +67,36 @@ def needle_grid(scorer: Scorer, lengths: Sequence[int], trials: int, depths: Seq
         )
     rng = random.Random(f"needle {seed}")
     cells = [(length, depth) for length in lengths for depth in depths]
-    choices = [_question(scorer, rng, length, depth) for length, depth in cells for _ in range(trials)]
-    scores = scorer.score([choice.passage for choice in choices], "needles")
+    questions = [_question(scorer, rng, length, depth) for length, depth in cells for _ in range(trials)]
+    scores = scorer.score(questions, "needles")
     shape = (len(lengths), len(depths), trials)
-    chosen = [choose(one.continuations, choice.byte_lengths) for one, choice in zip(scores, choices, strict=True)]
+    chosen = [choose(one.continuations) for one in scores]
     exact = [float(one.continuations[0].exact) for one in scores]
     return Grid(tuple(lengths), tuple(depths), np.reshape(chosen, shape), np.reshape(exact, shape))
 
 
-def _question(scorer: Scorer, rng: random.Random, length: int, depth: float) -> Choice:
+def _question(scorer: Scorer, rng: random.Random, length: int, depth: float) -> Passage:
     """A held-out question whose prompt and answer together have at most `length` tokens, and nearly so many."""
     characters = 4 * length
     while True:
         problem = needle_document(rng, characters, depth, others=CANDIDATES - 1)
         if split_of(problem) != HELD_OUT:
             continue
-        choice = _choice(scorer, problem, rng)
-        tokens = len(choice.passage.prompt) + max(map(len, choice.passage.continuations))
-        if tokens <= length:
-            return choice
-        characters = min(characters - 8, int(characters * length / tokens))
+        question = as_choice(scorer, problem, rng)
+        if question.longest <= length:
+            return question
+        characters = min(characters - 8, int(characters * length / question.longest))
 
 
-def _choice(scorer: Scorer, problem: LongDocument, rng: random.Random) -> Choice:
+def as_choice(scorer: Scorer, problem: LongDocument, rng: random.Random) -> Passage:
+    """The question as plain text, with the right code and the document's other ones, each as a whole answer."""
     begun = prompt_text(problem) + ANSWER
     right = answer_text(problem, thinking=False).removeprefix(ANSWER)
     wrong = [
         ended(conversation_text([{"role": "assistant", "content": code}])).removeprefix(ANSWER)
         for code in problem.candidates(rng, CANDIDATES)[1:]
     ]
-    return choice_of_texts(scorer, begun, right, wrong)
+    return split_at_choice(scorer.tokenizer, begun, [right, *wrong])
 
 
 def plot_grids(grids: Mapping[str, Mapping[str, Any]], path: str | Path, what: str = "chosen") -> None:

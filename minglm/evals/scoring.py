@@ -40,6 +40,11 @@ class Passage:
             )
 
     @property
+    def longest(self) -> int:
+        """Tokens of the prompt and its longest continuation."""
+        return len(self.prompt) + max(map(len, self.continuations), default=0)
+
+    @property
     def tokens(self) -> int:
         """Places in the cache. A continuation's last token is never fed."""
         return len(self.prompt) + sum(len(ids) - 1 for ids in self.continuations)
@@ -157,7 +162,7 @@ class Scorer:
             layers, size = self.model.config.num_hidden_layers, max(tokens, self.batch_tokens)
             self._cache = PagedCache(self.model.config, layers, size, 1, 0, weight.device, weight.dtype)
         rows = len(passages) + sum(len(passage.continuations) for passage in passages)
-        longest = max(len(p.prompt) + max((len(ids) for ids in p.continuations), default=0) for p in passages)
+        longest = max(passage.longest for passage in passages)
         table = np.zeros((rows, longest), dtype=np.int64)  # a block holds one token, so that any prefix can be shared
         next_slot, prompt_rows, continuation_rows = 0, [], []
 
