@@ -26,7 +26,7 @@ from minglm.tasks.general.languages import (
 )
 from minglm.tasks.general.safety import REFUSAL, THINGS
 from minglm.tasks.general.style import MARKS
-from minglm.tasks.task import TaskError, split_of
+from minglm.tasks.task import TaskError
 
 seeds = st.integers(0, 2**32)
 
@@ -91,12 +91,14 @@ def test_a_frame_draws_each_of_its_meanings_and_no_others(difficulty):
     assert max(drawn.values()) < 20 + 6 * 20**0.5  # each as likely: six deviations of a Poisson count
 
 
-def test_a_translation_and_its_way_back_are_in_one_split():
+def test_a_meaning_is_asked_one_way_only_so_that_no_way_back_is_in_the_other_split():
     rng = random.Random(2)
-    for _ in range(100):
-        problem = Translation.sample(rng, rng.choice(Translation.difficulties))
-        back = Translation(problem.meaning, problem.frame, problem.target, 1 - problem.ask)
-        assert split_of(problem) == split_of(back)
+    asked = {}
+    for _ in range(3_000):
+        problem = Translation.sample(rng, 1)
+        assert asked.setdefault(problem.meaning, problem) == problem
+    assert len(asked) == 256
+    assert abs(sum(problem.source == "Velan" for problem in asked.values()) - 128) < 4 * 64**0.5
 
 
 # -------------------------------------------------------------------------------------------------------------- safety
@@ -163,11 +165,13 @@ def test_length_tells_nothing_of_a_pair(seed, margin):
     assert len(chosen["content"].split()) == len(rejected["content"].split())
 
 
-@given(seeds)
-def test_the_hidden_rule_scores_the_chosen_one_higher_by_the_margin(seed):
-    _, [chosen], [rejected], margin = pair(random.Random(seed))
+@given(seeds, st.sampled_from(StylePreference.difficulties))
+def test_the_hidden_rule_scores_the_chosen_one_higher_by_the_margin(seed, difficulty):
+    problem = StylePreference.sample(random.Random(seed), difficulty)
+    _, [chosen], [rejected], margin = problem.preference
     difference = style_score(chosen["content"]) - style_score(rejected["content"])
-    assert difference == pytest.approx(2 * margin / len(MARKS))
+    assert difference == pytest.approx(2 * margin / len(problem.first))
+    assert problem.demonstrate(False)[0]["content"] == ("A" if chosen["content"] == problem.text(problem.first) else "B")
 
 
 def test_no_variant_of_a_mark_holds_one_of_another_mark():
@@ -192,10 +196,14 @@ def test_close_pairs_have_marks_that_speak_for_the_worse_answer():
     assert mixed > 50
 
 
-def test_a_pair_and_its_turned_one_are_in_one_split():
-    problem = StylePreference.sample(random.Random(7), 3)
-    turned = StylePreference(problem.thing, problem.town, problem.variants, problem.second, problem.first)
-    assert problem.messages != turned.messages and problem.key == turned.key and problem.answer != turned.answer
+def test_a_pair_stands_in_one_order_only_so_that_none_is_in_both_splits_turned_round():
+    rng = random.Random(7)
+    seen = {}
+    for _ in range(3_000):
+        problem = StylePreference.sample(rng, 1)
+        pair = (problem.things, problem.town, problem.variants)  # at this difficulty all that differs
+        assert seen.setdefault(pair, problem) == problem
+    assert len(seen) < 3_000  # some came twice
 
 
 def test_an_impossible_margin_is_refused_by_name():

@@ -198,7 +198,8 @@ def needle_document(rng: random.Random, characters: int, depth: float, needles: 
 
 def recall(problem: LongDocument) -> list[LongDocument]:
     """One question of kind "needle" for each code in the document of a problem of kinds "needle" and "needles": what a corpus
-    asks in a row, since a question each on long documents would give a model little to learn from.
+    asks in a row, since a question each on long documents would give a model little to learn from. They belong to the split
+    of the problem given.
 
     Raises:
         TaskError: a question of another kind.

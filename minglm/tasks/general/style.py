@@ -1,11 +1,11 @@
 """Style preferences: pairs of answers for a reward model, and a family that asks which answer is better.
 
-The rule is hidden from the model and stated here: an answer says one thing with five marks of style, each in one of two
-ways. It is the better, the more marks it has in the first way:
+The rule is hidden from the model and stated here: both answers say the same, with some marks of style, each in one of two
+ways. The answer is the better that has more of its marks in the first way:
 
     courtesy    opens gladly, not grudgingly
-    certainty   says so, does not hedge
-    plainness   uses the plain word, not the rare one
+    certainty   says so, does not hedge (once for each thing said)
+    plainness   uses the plain word, not the rare one (once for each thing said)
     warmth      ends with an offer, not with a complaint
     calm        ends its sentences with a full stop, not with an exclamation mark
 
@@ -13,7 +13,7 @@ Length tells nothing: the two ways have the same number of characters and of wor
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 from minglm.tasks.general.answer import bare, hear, say, shown
@@ -46,6 +46,9 @@ MARKS: dict[str, tuple[tuple[str, str], ...]] = {
 }
 THINGS = ("tower", "bridge", "market", "harbour", "garden", "mill")
 
+# Difficulty -> things that are spoken of, margin.
+DIALS = {1: (1, 5), 2: (1, 4), 3: (2, 3), 4: (2, 2), 5: (3, 1)}
+
 
 class Preference(NamedTuple):
     """Two answers to one conversation, of equal length, one better by the hidden rule."""
@@ -59,16 +62,16 @@ class Preference(NamedTuple):
 
 @dataclass(frozen=True)
 class StylePreference(Problem):
-    """Two answers to a question: which is better? Difficulty is how close they are: they differ by a margin of five marks
-    at 1, of one mark at 5; where marks are left, some may speak for the worse answer.
+    """Two answers to a question: which is better? Difficulty is how close they are, a margin of five marks to one, and how
+    much they say, of one thing to three. But at 1, some marks may speak for the worse answer.
 
     Fields:
-        thing, town: what the question is on.
+        things, town: what the question is on.
         variants: for each mark, which pair of MARKS is used in both answers.
         first, second: for each mark, whether the answer has it in the first way.
     """
 
-    thing: str
+    things: tuple[str, ...]
     town: str
     variants: tuple[int, ...]
     first: tuple[bool, ...]
@@ -81,25 +84,35 @@ class StylePreference(Problem):
     @classmethod
     def sample(cls, rng: random.Random, difficulty: int) -> Self:
         cls.check_difficulty(difficulty)
-        margin = len(MARKS) + 1 - difficulty
-        variants = tuple(rng.randrange(len(pairs)) for pairs in MARKS.values())
+        count, margin = DIALS[difficulty]
+        marks = marks_of(count)
         while True:
-            better, worse = (tuple(rng.random() < 0.5 for _ in MARKS) for _ in range(2))
+            better, worse = (tuple(rng.random() < 0.5 for _ in marks) for _ in range(2))
             if sum(better) - sum(worse) == margin:
                 break
-        first, second = (better, worse) if rng.random() < 0.5 else (worse, better)
-        return cls(rng.choice(THINGS), rng.choice(TOWNS), variants, first, second)
+        variants = tuple(rng.randrange(len(MARKS[mark])) for mark in marks)
+        problem = cls(tuple(rng.sample(THINGS, count)), rng.choice(TOWNS), variants, better, worse)
+        # The pair settles which one stands first: else the same pair turned round could be in the other split.
+        if random.Random(problem.messages[0]["content"]).random() < 0.5:
+            return replace(problem, first=worse, second=better)
+        return problem
 
     @property
     def question(self) -> str:
-        return f"How is the {self.thing} of {self.town}?"
+        *others, last = [f"the {thing}" for thing in self.things]
+        return f"How {'are' if others else 'is'} {', '.join(others)}{' and ' if others else ''}{last} of {self.town}?"
 
-    def text(self, marks: tuple[bool, ...]) -> str:
+    def text(self, ways: tuple[bool, ...]) -> str:
         """The answer that has these marks in the first way."""
-        opening, certainty, word, closing, stop = (
-            pairs[variant][0 if good else 1] for pairs, variant, good in zip(MARKS.values(), self.variants, marks, strict=True)
+        marks = marks_of(len(self.things))
+        opening, *said, closing, stop = (
+            MARKS[mark][variant][0 if good else 1] for mark, variant, good in zip(marks, self.variants, ways, strict=True)
         )
-        return f"{opening}, the {self.thing} of {self.town} is {certainty} {word}{stop} {closing}{stop}"
+        told = [
+            f"the {thing} is {certainty} {word}"
+            for thing, certainty, word in zip(self.things, said[::2], said[1::2], strict=True)
+        ]
+        return f"{opening}, {', '.join(told)}{stop} {closing}{stop}"
 
     @property
     def answer(self) -> str:
@@ -122,19 +135,14 @@ class StylePreference(Problem):
         ]
         return [{"role": "user", "content": "\n".join(lines)}]
 
-    @property
-    def key(self) -> str:
-        """The pair, in whichever order."""
-        return "\n".join([self.question, *sorted((self.text(self.first), self.text(self.second)))])
-
     def demonstrate(self, thinking: bool) -> list[Message]:
         return say(self.answer, "\n".join(self._steps()) if thinking else None)
 
     def _steps(self) -> list[str]:
         """The marks of each answer that are in the first way, counted."""
         steps = []
-        for name, marks in (("A", self.first), ("B", self.second)):
-            good = [mark for mark, there in zip(MARKS, marks, strict=True) if there]
+        for name, ways in (("A", self.first), ("B", self.second)):
+            good = [mark for mark, there in zip(marks_of(len(self.things)), ways, strict=True) if there]
             steps.append(f"{name}: {', '.join(good) or 'none'}: {len(good)}")
         return steps
 
@@ -157,23 +165,29 @@ class StylePreference(Problem):
         return 0.5
 
 
+def marks_of(things: int) -> list[str]:
+    """The marks of an answer on so many things, in the order of its text."""
+    return ["courtesy", *["certainty", "plainness"] * things, "warmth", "calm"]
+
+
 def pair(rng: random.Random, margin: int | None = None) -> Preference:
     """A pair for a reward model. margin: by how many marks of style the chosen one is better, 1 to 5; by default any.
 
     Raises:
         TaskError: another margin.
     """
-    margins = range(1, len(MARKS) + 1)
-    if margin is not None and margin not in margins:
-        raise TaskError(f"margin = {margin}: wanted 1 to {len(MARKS)}")
-    return StylePreference.sample(rng, len(MARKS) + 1 - (margin or rng.choice(margins))).preference
+    by_margin = {found: difficulty for difficulty, (_, found) in DIALS.items()}
+    if margin is not None and margin not in by_margin:
+        raise TaskError(f"margin = {margin}: wanted {min(by_margin)} to {max(by_margin)}")
+    return StylePreference.sample(rng, by_margin[margin or rng.choice(list(by_margin))]).preference
 
 
 def style_score(text: str) -> float:
-    """The hidden rule on any text, -1 to 1: the mean over the marks, of which one in the first way counts 1, in the second
-    -1, in both or neither 0. What a trained reward model is measured against."""
-    total = 0
-    for pairs in MARKS.values():
-        firsts, seconds = (any(words[way] in text for words in pairs) for way in (0, 1))
-        total += firsts - seconds
-    return total / len(MARKS)
+    """The hidden rule on any text: the share of its marks in the first way less that in the second way, -1 to 1; 0 for a
+    text without marks. What a trained reward model is measured against."""
+    counts = [0, 0]
+    for mark, pairs in MARKS.items():
+        for way in (0, 1):
+            found = sum(text.count(words[way]) for words in pairs)
+            counts[way] += min(found, 1) if mark == "calm" else found  # of a whole text, not of each sentence
+    return (counts[0] - counts[1]) / max(sum(counts), 1)

@@ -115,12 +115,10 @@ class Translation(Problem):
         frame = FRAMES[difficulty]
         idioms = tuple(difficulty >= FIRST_WITH_IDIOMS and rng.random() < 0.5 for _ in range(frame.clauses))
         frame = replace(frame, idioms=idioms)
-        return cls(frame.draw(rng), frame, rng.choice(LANGUAGES), rng.randrange(len(ASKS)))
-
-    @property
-    def key(self) -> str:
-        """What is said: a sentence and its translation back, in whatever wording, are in one split."""
-        return say_meaning(self.meaning, LANGUAGES[0])
+        meaning = frame.draw(rng)
+        # The meaning settles which way it is asked: else its way back could be in the other split.
+        settled = random.Random(say_meaning(meaning, LANGUAGES[0]))
+        return cls(meaning, frame, settled.choice(LANGUAGES), settled.randrange(len(ASKS)))
 
     @property
     def target(self) -> LanguageName:
