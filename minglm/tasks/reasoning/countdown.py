@@ -17,7 +17,6 @@ from minglm.tasks.reasoning.formula import (
     numbers,
     operators,
     read,
-    steps,
     value,
     written,
 )
@@ -67,11 +66,11 @@ class Countdown(Problem):
         size = LADDER[difficulty - 1]
         while True:
             given = [rng.randint(1, size.largest) for _ in range(size.how_many)]
-            formula = _draw(rng, given, size.operators)
-            if formula is not None and 0 < value(formula) <= LARGEST:
+            drawn = _draw(rng, given, size.operators)
+            if drawn is not None and drawn[1] > 0:
                 break
-        rng.shuffle(given)
-        return cls(rng.randrange(len(WORDINGS)), tuple(given), size.operators, int(value(formula)), written(formula))
+        formula, target = drawn
+        return cls(rng.randrange(len(WORDINGS)), tuple(given), size.operators, target, written(formula))
 
     @property
     def key(self) -> str:
@@ -90,12 +89,10 @@ class Countdown(Problem):
         rng = random.Random(self.key)
         misses = []
         for _ in range(min(SHOWN_TRIES, len(self.numbers))):
-            given = list(self.numbers)
-            rng.shuffle(given)
-            formula = _draw(rng, given, self.operators)
-            if formula is not None and value(formula) != self.target:
-                misses.append(_tried(formula, "no"))
-        return "\n".join([*dict.fromkeys(misses), _tried(read(self.solution), "yes")])
+            drawn = _draw(rng, self.numbers, self.operators)
+            if drawn is not None and drawn[1] != self.target:
+                misses.append(f"{written(drawn[0])} = {drawn[1]}, no")
+        return "\n".join([*dict.fromkeys(misses), f"{self.solution} = {self.target}, yes"])
 
     def verify(self, response: Sequence[Message]) -> Verdict:
         content = only_content(response)
@@ -118,11 +115,9 @@ class Countdown(Problem):
     def near_miss(self, rng: random.Random) -> list[Message]:
         """The right numbers and another value; or, where no order of them misses, one number too many."""
         for _ in range(20):
-            given = list(self.numbers)
-            rng.shuffle(given)
-            formula = _draw(rng, given, self.operators)
-            if formula is not None and value(formula) != self.target:
-                return reply(written(formula))
+            drawn = _draw(rng, self.numbers, self.operators)
+            if drawn is not None and drawn[1] != self.target:
+                return reply(written(drawn[0]))
         return reply(f"{self.solution} + 1")
 
     def guess(self, rng: random.Random) -> list[Message]:
@@ -155,21 +150,19 @@ def _chained(given: Sequence[int], between: Sequence[str]) -> str:
     return " ".join([str(given[0]), *(f"{operator} {number}" for operator, number in zip(between, given[1:], strict=True))])
 
 
-def _tried(formula: Formula, verdict: str) -> str:
-    *_, result = steps(formula)
-    return f"{written(formula)} = {result}, {verdict}"
-
-
-def _draw(rng: random.Random, given: list[int], allowed: str) -> Formula | None:
-    """A formula of the numbers in some order, all of whose parts are whole numbers; None if the draw has led nowhere."""
-    parts: list[Formula] = list(given)
+def _draw(rng: random.Random, given: Sequence[int], allowed: str) -> tuple[Formula, int] | None:
+    """A formula of the numbers in some order, all of whose parts are whole numbers from 0 to `LARGEST`, and its value; None
+    if the draw has led nowhere."""
+    parts: list[tuple[Formula, int]] = [(number, number) for number in given]
     while len(parts) > 1:
-        left, right = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
+        (left, left_value), (right, right_value) = (parts.pop(rng.randrange(len(parts))) for _ in range(2))
         operator = rng.choice(allowed)
-        if operator == "/" and value(right) == 0:
+        if operator == "/" and (right_value == 0 or left_value % right_value):
+            operator = "-"
+        if operator == "-" and left_value < right_value:
+            left, left_value, right, right_value = right, right_value, left, left_value
+        result = calculate(operator, left_value, right_value)
+        if result > LARGEST:
             return None
-        result = calculate(operator, value(left), value(right))
-        if result.denominator != 1 or not 0 <= result <= LARGEST:
-            return None
-        parts.append(Operation(left, operator, right))
+        parts.append((Operation(left, operator, right), result))
     return parts[0]

@@ -2,11 +2,10 @@
 
 import random
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Self
 
 from minglm.tasks.reasoning.exact import Number
-from minglm.tasks.reasoning.formula import Formula, Operation, numbers, read, steps, value, written
+from minglm.tasks.reasoning.formula import Formula, Operation, calculate, read, steps, value, written
 
 LARGEST = 200
 WORDINGS = ("What is {}?", "Calculate {}.", "Simplify {}.", "Evaluate {}.")
@@ -25,7 +24,7 @@ class Expressions(Number):
     @classmethod
     def sample(cls, rng: random.Random, difficulty: int) -> Self:
         cls.check_difficulty(difficulty)
-        return cls(rng.randrange(len(WORDINGS)), written(_draw(rng, difficulty + 1)))
+        return cls(rng.randrange(len(WORDINGS)), written(_draw(rng, difficulty + 1)[0]))
 
     @property
     def question(self) -> str:
@@ -33,7 +32,7 @@ class Expressions(Number):
 
     @property
     def value(self) -> int:
-        return int(value(read(self.expression)))
+        return value(read(self.expression))
 
     @property
     def guesses(self) -> range:
@@ -44,17 +43,17 @@ class Expressions(Number):
         return "\n".join([self.expression, *(f"= {step}" for step in steps(read(self.expression)))])
 
 
-def _draw(rng: random.Random, operations: int) -> Formula:
-    """A formula whose parts are all whole numbers of at most `LARGEST`."""
+def _draw(rng: random.Random, operations: int) -> tuple[Formula, int]:
+    """A formula, all of whose parts are whole numbers of at most `LARGEST`, and its value."""
     if operations == 0:
-        return rng.randint(1, 9)
+        number = rng.randint(1, 9)
+        return number, number
     while True:
-        left = rng.randrange(operations)
-        formula = Operation(
-            _draw(rng, left), rng.choice("+-*/" if operations > 2 else "+-*"), _draw(rng, operations - 1 - left)
-        )
-        if formula.operator == "/" and value(formula.right) == 0:
+        before = rng.randrange(operations)
+        operator = rng.choice("+-*/" if operations > 2 else "+-*")
+        (left, left_value), (right, right_value) = _draw(rng, before), _draw(rng, operations - 1 - before)
+        if operator == "/" and (right_value == 0 or left_value % right_value):
             continue
-        result: Fraction = value(formula)
-        if result.denominator == 1 and abs(result) <= LARGEST and len(numbers(formula)) == operations + 1:
-            return formula
+        result = calculate(operator, left_value, right_value)
+        if abs(result) <= LARGEST:
+            return Operation(left, operator, right), result

@@ -24,26 +24,28 @@ class Operation:
 
 
 Formula = int | Operation
+Exact = int | Fraction
 
 
-def calculate(operator: str, left: Fraction | int, right: Fraction | int) -> Fraction:
-    """Exactly. Raises FormulaError for a division by zero."""
+def calculate(operator: str, left: Exact, right: Exact) -> Exact:
+    """Exactly; whole numbers stay int. Raises FormulaError for a division by zero."""
     match operator:
         case "+":
-            return Fraction(left + right)
+            return left + right
         case "-":
-            return Fraction(left - right)
+            return left - right
         case "*":
-            return Fraction(left * right)
+            return left * right
         case _:
             if right == 0:
                 raise FormulaError("it divides by zero")
-            return Fraction(left) / right
+            quotient = Fraction(left) / right
+            return int(quotient) if quotient.denominator == 1 else quotient
 
 
-def value(formula: Formula) -> Fraction:
+def value(formula: Formula) -> Exact:
     if isinstance(formula, int):
-        return Fraction(formula)
+        return formula
     return calculate(formula.operator, value(formula.left), value(formula.right))
 
 
@@ -97,7 +99,7 @@ def _one_step(formula: Operation) -> Formula:
     result = calculate(formula.operator, formula.left, formula.right)
     if result.denominator != 1:
         raise FormulaError(f"{written(formula)} is no whole number")
-    return int(result)
+    return result
 
 
 def read(text: str) -> Formula:

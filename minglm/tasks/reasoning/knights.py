@@ -39,10 +39,8 @@ class Knights(Word):
         people, known = difficulty + 1, difficulty == 1
         while True:
             truth = tuple(rng.random() < 0.5 for _ in range(people))
-            statements = tuple(_draw(rng, person, people) for person in range(people))
-            if all(_fits(person, said, truth) for person, said in enumerate(statements)) and (
-                solutions(statements, truth[0] if known else None) == [truth]
-            ):
+            statements = tuple(_draw(rng, person, truth) for person in range(people))
+            if solutions(statements, truth[0] if known else None) == [truth]:
                 asked = rng.randrange(1 if known else 0, people)
                 return cls(rng.randrange(2), statements, known, truth, asked)
 
@@ -81,24 +79,22 @@ def _paths(statements: Sequence[Statement], kinds: dict[int, bool]) -> list[str]
 
 
 def _followed(statements: Sequence[Statement], kinds: dict[int, bool]) -> tuple[dict[int, bool], bool]:
-    """Who else must be what, as long as some statement lacks one person's kind; and whether no statement is broken."""
+    """Who else must be what, where a statement lacks one person's kind alone; and whether no statement is broken."""
     kinds = dict(kinds)
-    while True:
-        found = None
+    learnt = True
+    while learnt:
+        learnt = False
         for speaker, said in enumerate(statements):
             unknown = {speaker, *said[1:]} - kinds.keys()
-            if not unknown and _holds(said, kinds) != kinds[speaker]:
+            if len(unknown) > 1:
+                continue
+            possible = [{**kinds, person: kind} for person in unknown for kind in (True, False)] or [kinds]
+            fitting = [case for case in possible if _fits(speaker, said, case)]
+            if not fitting:
                 return kinds, False
-            if len(unknown) == 1 and found is None:
-                fitting = [k for k in (True, False) if _fits(speaker, said, {**kinds, (person := min(unknown)): k})]
-                found = (person, fitting[0]) if fitting else (person, None)
-                if len(fitting) == 2:  # it says nothing of this person
-                    found = None
-        if found is None:
-            return kinds, True
-        if found[1] is None:
-            return kinds, False
-        kinds[found[0]] = found[1]
+            if len(fitting) == 1 and unknown:
+                kinds, learnt = fitting[0], True
+    return kinds, True
 
 
 def _fits(speaker: int, said: Statement, kinds: Kinds) -> bool:
@@ -115,14 +111,17 @@ def solutions(statements: Sequence[Statement], first: bool | None = None) -> lis
     ]
 
 
-def _draw(rng: random.Random, person: int, people: int) -> Statement:
-    """Of others, or of another and oneself. (Nobody can call himself a knave, and to call oneself a knight says nothing.)"""
-    other = rng.choice([number for number in range(people) if number != person])
-    kind = rng.choice(("knight", "knave", "same", "differ"))
-    if kind in ("knight", "knave"):
-        return kind, other, other
-    third = rng.choice([number for number in range(people) if number != other])
-    return kind, *sorted((other, third))
+def _draw(rng: random.Random, person: int, truth: Sequence[bool]) -> Statement:
+    """Something that this person can say: of others, or of another and oneself. (Nobody can call himself a knave, and to
+    call oneself a knight says nothing.)"""
+    people = range(len(truth))
+    while True:
+        other = rng.choice([number for number in people if number != person])
+        kind = rng.choice(("knight", "knave", "same", "differ"))
+        third = other if kind in ("knight", "knave") else rng.choice([number for number in people if number != other])
+        said = (kind, *sorted((other, third)))
+        if _fits(person, said, truth):
+            return said
 
 
 def _holds(said: Statement, kinds: Kinds) -> bool:
