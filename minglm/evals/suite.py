@@ -17,15 +17,19 @@ from tqdm import tqdm
 from minglm.data.shards import Dataset
 from minglm.engine.engine import Engine
 from minglm.evals import families, likelihood
+from minglm.evals.fim import infilling
 from minglm.evals.measure import EvaluationError, Measure, Results
+from minglm.evals.names import names_of_other_files
 from minglm.evals.needle import SHORTEST, needle_grid
 from minglm.evals.scoring import Scorer
 from minglm.model import GLM
 from minglm.tasks import FAMILIES
 from minglm.tokenizer import Tokenizer
 
+CODE, REPOSITORIES = "code", "repositories"  # domains
 LIMIT = 32
 WINDOW = 512  # tokens of a held-out document that are read at once
+LONGEST_VIEW = 2048  # tokens, half of them of other files
 SHORTEST_NEEDLE, LONGEST_NEEDLE = 128, 2048  # tokens; each length is twice the one before
 BITS_TOKENS = 512  # of each domain, times the limit
 
@@ -72,6 +76,18 @@ def _completion(subject: Subject) -> Iterator[Measure | None]:
         yield likelihood.next_words(*arguments)
 
 
+def _fim(subject: Subject) -> Iterator[Measure]:
+    if CODE in subject.domains:
+        yield from infilling(subject.scorer, subject.dataset, CODE, subject.window, 2 * subject.limit, subject.seed)
+
+
+def _names(subject: Subject) -> Iterator[Measure]:
+    """With a short view, that every stage has learnt, and with the longest."""
+    views = dict.fromkeys((subject.window, min(subject.model.config.max_position_embeddings, LONGEST_VIEW)))
+    for view in views if REPOSITORIES in subject.domains else ():
+        yield from names_of_other_files(subject.scorer, subject.dataset, REPOSITORIES, view, 2 * subject.limit, subject.seed)
+
+
 def _needle(subject: Subject) -> Iterator[Measure]:
     grid = needle_grid(subject.scorer, subject.needle_lengths, max(1, subject.limit // 4), seed=subject.seed)
     subject.details["needle"] = grid.details()
@@ -94,6 +110,8 @@ def _rewards(suite: str) -> Callable[[Subject], Iterator[Measure]]:
 PARTS: dict[str, Callable[[Subject], Iterator[Measure | None]]] = {
     "bits": _bits,
     "completion": _completion,
+    "fim": _fim,
+    "names": _names,
     "needle": _needle,
     "likelihood": _likelihood,
     "families": _rewards("base"),
