@@ -8,7 +8,7 @@ import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 from minglm.tasks.agents.calling import Call, Tool, call_message
 from minglm.tasks.agents.catalogue import CATALOGUE

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from minglm.tasks.agents.calling import Call, Tool, tool
+from minglm.tasks.agents.calling import Call, tool
 
 COLOURS = ("red", "blue", "green", "white")
 WRITES = ("cancel", "take_back", "exchange")

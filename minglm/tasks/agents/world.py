@@ -5,7 +5,6 @@ outside the world. So an attempt is judged by replaying it, and an attempt that 
 is refused.
 """
 
-import dataclasses
 import json
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
@@ -92,8 +91,8 @@ class AgentProblem(Problem):
 
     @property
     def key(self) -> str:
-        """All fields: two worlds that look alike from the question are two problems."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, ensure_ascii=False)
+        """The question and the way to the answer: worlds that differ elsewhere are one problem, however large they are."""
+        return json.dumps([self.messages, self.demonstrate(thinking=True)], sort_keys=True, ensure_ascii=False)
 
     def demonstrate(self, thinking: bool) -> list[Message]:
         return self.play(self.solve(), thinking)
