@@ -7,7 +7,7 @@ import numpy as np
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset
 from minglm.data.sources import HELD_OUT, TRAIN
-from minglm.data.stream import StreamError, TokenStream
+from minglm.data.stream import MixtureStream, StreamError, TokenStream
 from minglm.model import GLM
 from minglm.params import count
 from minglm.tokenizer import Tokenizer
@@ -33,8 +33,6 @@ def make_stream(recipe: Recipe, stage: PlannedStage, dataset: Dataset) -> TokenS
     try:
         if not stage.mixture:
             return TokenStream(dataset, TRAIN, stage.sequence_length, seed)
-        from minglm.data.stream import MixtureStream
-
         return MixtureStream(dataset, TRAIN, stage.sequence_length, seed, stage.mixture, stage.packing)
     except StreamError as error:
         raise ConfigError(
