@@ -82,6 +82,22 @@ def test_an_idiom_word_by_word_is_wrong_and_the_verdict_says_so(seed, difficulty
     assert bool(problem.literal()) == any(clause.idiom for clause in problem.meaning.clauses)
 
 
+@pytest.mark.parametrize("difficulty", [2, 3])
+def test_a_near_miss_is_another_sentence_of_the_language_or_an_idiom_word_by_word(difficulty):
+    sentences = {
+        language: {say_meaning(Meaning(clauses=(clause,)), language) for clause in all_clauses()} for language in LANGUAGES
+    }
+    rng = random.Random(difficulty)
+    literal = 0
+    for _ in range(300):
+        problem = Translation.sample(rng, difficulty)
+        wrong = problem.near_miss(rng)[0]["content"]
+        assert wrong != problem.answer
+        assert (wrong in sentences[problem.target]) != (wrong in problem.literal())
+        literal += wrong in problem.literal()
+    assert (literal > 0) == (difficulty == 3)
+
+
 @pytest.mark.parametrize("difficulty", [1, 2])
 def test_a_frame_draws_each_of_its_meanings_and_no_others(difficulty):
     frame = Translation.sample(random.Random(0), difficulty).frame

@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.tasks.general import LongDocument, needle_document, recall
+from minglm.tasks.general import LongDocument, needle_document, recall, recall_text
 from minglm.tasks.general.long_document import DIALS, MOST_CANDIDATES
 from minglm.tasks.general.passages import LONGEST_FILLER, TOWNS, passage
 from minglm.tasks.task import TaskError
+from minglm.tasks.text import prompt_text, read_answer
 
 seeds = st.integers(0, 2**32)
 
@@ -95,6 +96,14 @@ def test_all_needles_of_a_document_are_asked_for_in_a_row():
     questions = recall(problem)
     assert {question.asked[0]: int(question.answer) for question in questions} == dict(problem.facts)
     assert {question.document for question in questions} == {problem.document}
+    for thinking in (False, True):
+        text = recall_text(problem, thinking)
+        assert text.startswith(prompt_text(questions[0])) and text.count(problem.document) == 1
+        *asked, rest = text.split("\n\n")
+        assert rest == "" and len(asked) == len(questions)
+        for question, block in zip(questions, asked, strict=True):
+            answer = block[block.index("\n", block.index("What is the code of")) + 1 :]
+            assert question.verify(read_answer(answer)) == (1.0, ())
     with pytest.raises(TaskError, match="sum"):
         recall(LongDocument("", "sum", (), (("Tavira", 3),)))
 

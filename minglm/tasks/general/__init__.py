@@ -1,7 +1,8 @@
 """General ability: instruction following, translation, long documents, safety, and style."""
 
 from minglm.tasks.general.instructions import InstructionFollowing
-from minglm.tasks.general.long_document import LongDocument, needle_document, recall
+from minglm.tasks.general.long_document import LongDocument, needle_document
+from minglm.tasks.general.recall import recall, recall_text
 from minglm.tasks.general.safety import Safety
 from minglm.tasks.general.style import Preference, StylePreference, pair, style_score
 from minglm.tasks.general.translation import Translation
@@ -20,5 +21,6 @@ __all__ = [
     "needle_document",
     "pair",
     "recall",
+    "recall_text",
     "style_score",
 ]

@@ -53,7 +53,7 @@ class LongDocument(Problem):
         characters, kinds, most_others = DIALS[difficulty]
         kind = rng.choice(kinds)
         if kind in ("needle", "needles"):
-            asked = 1 if kind == "needle" else rng.randint(2, min(difficulty - 1, 4))
+            asked = 1 if kind == "needle" else rng.randint(2, min(2 * difficulty - 4, MOST_FACTS))
             return cls._with_needles(rng, characters, rng.random(), asked, rng.randint(0, most_others))
         count = rng.randint(2, min(2 * difficulty - 5, MOST_FACTS))
         numbers = [rng.choice(BELLS) for _ in range(count)] if kind == "sum" else rng.sample(CODES, count)
@@ -77,7 +77,12 @@ class LongDocument(Problem):
 
     @property
     def messages(self) -> list[Message]:
-        return [{"role": "user", "content": f"{self.document}\n{_question(self.kind, self.asked)}"}]
+        return [{"role": "user", "content": f"{self.document}\n{self.question}"}]
+
+    @property
+    def question(self) -> str:
+        """What is asked after the document."""
+        return _question(self.kind, self.asked)
 
     @property
     def answer(self) -> str:
@@ -194,19 +199,6 @@ def needle_document(rng: random.Random, characters: int, depth: float, needles: 
             f"needles = {needles}, others = {others}: wanted at least one needle, and at most {len(TOWNS)} facts in all"
         )
     return LongDocument._with_needles(rng, characters, depth, needles, others)
-
-
-def recall(problem: LongDocument) -> list[LongDocument]:
-    """One question of kind "needle" for each code in the document of a problem of kinds "needle" and "needles": what a corpus
-    asks in a row, since a question each on long documents would give a model little to learn from. They belong to the split
-    of the problem given.
-
-    Raises:
-        TaskError: a question of another kind.
-    """
-    if problem.kind not in ("needle", "needles"):
-        raise TaskError(f'kind = {problem.kind!r}: wanted "needle" or "needles", whose documents state codes')
-    return [LongDocument(problem.document, "needle", (town,), problem.facts) for town, _ in problem.facts]
 
 
 def _sentence(kind: str, town: str, number: int) -> str:

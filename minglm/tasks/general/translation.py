@@ -174,13 +174,14 @@ class Translation(Problem):
         return replace(clause, idiom="", verb=verb, object=Phrase(noun))
 
     def near_miss(self, rng: random.Random) -> list[Message]:
+        """An idiom word by word, or the sentence of a meaning that differs in one thing."""
         literal = self.literal()
-        if literal and rng.random() < 0.5:
+        if literal and rng.random() < 0.25:
             return say(literal[0])
-        words = self.answer.split()
-        place = rng.randrange(len(words))
-        words[place] = rng.choice([form for form in FORMS[self.target].values() if form != words[place]])
-        return say(" ".join(words))
+        while True:
+            other = _with_one_thing_of(self.meaning, self.frame.draw(rng), rng)
+            if other != self.meaning:
+                return say(say_meaning(other, self.target))
 
     def guess(self, rng: random.Random) -> list[Message]:
         return say(say_meaning(self.frame.draw(rng), self.target))
@@ -188,3 +189,25 @@ class Translation(Problem):
     @property
     def chance(self) -> float:
         return 1 / self.frame.size
+
+
+def _with_one_thing_of(meaning: Meaning, other: Meaning, rng: random.Random) -> Meaning:
+    """The first meaning, but for one thing that it has from the other one, of the same frame."""
+    if meaning.phrase:
+        return replace(meaning, phrase=_exchanged(meaning.phrase, other.phrase, rng))
+    place = rng.randrange(len(meaning.clauses))
+    clause, source = meaning.clauses[place], other.clauses[place]
+    if rng.random() < 0.5:
+        clause = replace(clause, subject=_exchanged(clause.subject, source.subject, rng))
+    elif clause.idiom:
+        clause = replace(clause, idiom=source.idiom)
+    elif rng.random() < 0.5:
+        clause = replace(clause, past=source.past, negative=source.negative)
+    else:
+        clause = replace(clause, verb=source.verb, object=source.object)  # one predicate, or it might be an idiom's words
+    return replace(meaning, clauses=(*meaning.clauses[:place], clause, *meaning.clauses[place + 1 :]))
+
+
+def _exchanged(phrase: Phrase, other: Phrase, rng: random.Random) -> Phrase:
+    field = rng.choice(("noun", "many", "adjective"))
+    return replace(phrase, **{field: getattr(other, field)})
