@@ -24,7 +24,7 @@ from minglm.tasks.reasoning.formula import FormulaError, Operation, read, steps,
 from minglm.tasks.reasoning.knights import Knights, solutions
 from minglm.tasks.reasoning.modular import ModularArithmetic
 from minglm.tasks.reasoning.ordering import Ordering
-from minglm.tasks.reasoning.science import FORMULAS, UNITS, Science, solved
+from minglm.tasks.reasoning.science import FORMULAS, QUANTITIES, Science, solved
 from minglm.tasks.reasoning.units import CHAINS, Units
 from minglm.tasks.task import split_of
 
@@ -313,13 +313,18 @@ def test_units_convert_there_and_back():
 
 def test_science_answers_fit_every_formula_used():
     for problem in some(Science):
-        known = dict(
-            re.findall(r"(\w+) (\d+) ", problem.question.split(". What")[0].replace(",", " ").replace(" and ", " ") + " ")
-        )
-        known = {quantity: int(number) for quantity, number in known.items()}
-        assert known == dict(problem.given)
+        known = dict(problem.given)
+        assert sorted(map(int, re.findall(r"(?<![a-z])\d+", problem.question))) == sorted(known.values())
         for used, asked in problem.steps:
-            assert used in FORMULAS and asked not in known and asked in UNITS
+            assert used in FORMULAS and asked not in known and asked in QUANTITIES
             known[asked] = solved(used, asked, known)
             assert known[used.product] == known[used.one] * known[used.other]
-        assert problem.value == known[asked] and f"its {asked} in {UNITS[asked]}?" in problem.question
+        assert problem.value == known[asked] and problem.question.endswith(f", in {QUANTITIES[asked].unit}?")
+
+
+def test_quantities_are_told_apart_by_their_words_and_units():
+    """So that the question alone says which formulas to use."""
+    assert len({quantity.told for quantity in QUANTITIES.values()}) == len(QUANTITIES)
+    assert len({quantity.asked for quantity in QUANTITIES.values()}) == len(QUANTITIES)
+    assert {quantity for formula in FORMULAS for quantity in formula} == set(QUANTITIES)
+    assert len({frozenset(formula) for formula in FORMULAS}) == len(FORMULAS)

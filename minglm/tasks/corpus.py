@@ -95,7 +95,8 @@ def _chosen(
             raise TaskError(f"difficulties are given for {unknown}, which are not among the families {names}")
         chosen = {family.family: tuple(difficulties.get(family.family, family.difficulties)) for family in families}
     else:
-        chosen = {family.family: tuple(family.difficulties[:difficulties]) for family in families}
+        most = None if difficulties is None else max(0, difficulties)
+        chosen = {family.family: tuple(family.difficulties[:most]) for family in families}
     for family in families:
         if not chosen[family.family]:
             raise TaskError(f"no difficulty is chosen for {family.family}, which has {list(family.difficulties)}")

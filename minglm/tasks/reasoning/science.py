@@ -1,6 +1,5 @@
-"""Word problems of science: a formula is chosen by what is given and asked, solved for it, and chained with the next.
-
-All quantities are whole numbers in the units that the formulas want.
+"""Word problems of science: the words say which quantities are given and which one is asked for; a formula is chosen by
+them, solved, and chained with the next. All quantities are whole numbers in the units that the formulas want.
 """
 
 import random
@@ -18,25 +17,32 @@ class Formula(NamedTuple):
     other: str
 
 
-UNITS = {
-    "distance": "m",
-    "speed": "m/s",
-    "time": "s",
-    "mass": "kg",
-    "acceleration": "m/s2",
-    "force": "N",
-    "work": "J",
-    "power": "W",
-    "voltage": "V",
-    "current": "A",
-    "resistance": "ohm",
-    "density": "kg/m3",
-    "volume": "m3",
-    "pressure": "Pa",
-    "area": "m2",
-    "momentum": "kg m/s",
-    "charge": "C",
-    "height": "m",
+class Quantity(NamedTuple):
+    unit: str
+    told: str
+    """What has it, with this value."""
+    asked: str
+
+
+QUANTITIES = {
+    "distance": Quantity("m", "moves {} m", "How far does it move"),
+    "speed": Quantity("m/s", "goes at {} m/s", "How fast does it go"),
+    "time": Quantity("s", "takes {} s", "How long does it take"),
+    "mass": Quantity("kg", "weighs {} kg", "How much does it weigh"),
+    "acceleration": Quantity("m/s2", "speeds up by {} m/s2", "How much does it speed up"),
+    "force": Quantity("N", "pushes with {} N", "How hard does it push"),
+    "work": Quantity("J", "does {} J of work", "How much work does it do"),
+    "power": Quantity("W", "runs at {} W", "How much power does it have"),
+    "voltage": Quantity("V", "is at {} V", "What is its voltage"),
+    "current": Quantity("A", "carries {} A", "How much current does it carry"),
+    "resistance": Quantity("ohm", "resists with {} ohm", "What is its resistance"),
+    "density": Quantity("kg/m3", "is as dense as {} kg/m3", "How dense is it"),
+    "volume": Quantity("m3", "fills {} m3", "How much room does it fill"),
+    "pressure": Quantity("Pa", "presses with {} Pa", "What is its pressure"),
+    "area": Quantity("m2", "covers {} m2", "How much ground does it cover"),
+    "momentum": Quantity("kg m/s", "has a momentum of {} kg m/s", "What is its momentum"),
+    "charge": Quantity("C", "holds {} C", "How much charge does it hold"),
+    "height": Quantity("m", "is {} m high", "How high is it"),
 }
 
 FORMULAS = (
@@ -89,10 +95,9 @@ class Science(Number):
 
     @property
     def question(self) -> str:
-        *first, last = [f"{quantity} {value} {UNITS[quantity]}" for quantity, value in self.given]
-        asked = self.steps[-1].asked
-        told = f"{', '.join(first)} and {last}"
-        return f"{THINGS[self.wording]} has {told}. What is its {asked} in {UNITS[asked]}?"
+        *first, last = [QUANTITIES[quantity].told.format(value) for quantity, value in self.given]
+        asked = QUANTITIES[self.steps[-1].asked]
+        return f"{THINGS[self.wording]} {', '.join(first)} and {last}. {asked.asked}, in {asked.unit}?"
 
     @property
     def value(self) -> int:
