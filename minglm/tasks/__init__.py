@@ -10,7 +10,12 @@ import importlib
 
 __all__ = ["FAMILIES", "GROUPS"]
 
-_GROUPS = ("reasoning", "code", "agents", "general")
+_PACKAGES = {
+    "reasoning": "minglm.tasks.reasoning",
+    "code": "minglm.tasks.code",
+    "agents": "minglm.tasks.agents",
+    "general": "minglm.tasks.general",
+}
 
 
 def __getattr__(name: str):
@@ -19,8 +24,8 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     families = {}
     groups = {}
-    for group in _GROUPS:
-        classes = importlib.import_module(f"{__name__}.{group}").FAMILIES
+    for group in _PACKAGES:
+        classes = importlib.import_module(_PACKAGES[group]).FAMILIES
         groups[group] = tuple(family.family for family in classes)
         families |= {family.family: family for family in classes}
     assert len(families) == sum(map(len, groups.values())), "two families have one name"
