@@ -333,6 +333,20 @@ print("alive")
     assert len(beats) > 1  # this process was not stopped, either
 
 
+def test_the_first_process_of_the_sandbox_cannot_be_ended(attack):
+    program = """
+import resource
+stopped(lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0)))
+for number in range(1, 65):
+    for who in {os.getppid(), 1}:
+        try: os.kill(who, number)
+        except OSError: pass
+print("alive")
+"""
+    outcome = attack(program, "other_processes")
+    assert finished(outcome) and "alive" in outcome.stdout
+
+
 def test_no_new_namespaces_mounts_or_privileges(attack):
     program = """
 for flags in (0x10000000, 0x20000000, 0x00020000, 0x40000000):

@@ -26,7 +26,8 @@ stopped("files", lambda: open("/etc/passwd").close())
 stopped("files", lambda: open("/etc/passwd", "r+").close())
 stopped("files", lambda: open(os.__file__, "r+").close())
 stopped("hidden_files", lambda: os.stat("/etc/passwd"))
-stopped("other_processes", lambda: os.kill(wanted["pid"], 0))
+if os.getpid() > 5:  # in a namespace of its own its number is one of the first, and those of others mean nothing
+    stopped("other_processes", lambda: os.kill(wanted["pid"], 0))
 stopped("other_processes", lambda: open(f"/proc/{wanted['pid']}/environ").close())
 
 children = []

@@ -10,7 +10,6 @@ import socket
 import time
 from typing import Any
 
-import system
 import usage
 import walls
 import wire
@@ -25,7 +24,6 @@ def serve(connection: socket.socket, settings: dict[str, Any]) -> None:
     """Make the walls, wait for a job, see it through, answer. Never returns."""
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        system.die_with_parent()
         answer = Guard(connection, settings).work()
     except BaseException as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
@@ -153,9 +151,11 @@ class Guard:
     def _answer(self) -> dict[str, Any]:
         if "error" in self.status:
             return {"error": self.status["error"]}
-        if self.killed_by is None and "exit" not in self.status:
+        if self.killed_by is None and "started" not in self.status:
             return {"error": "its first process ended without a word"}
-        killed_by, code, cpu = self.killed_by, self.status.get("exit"), self.status.get("cpu", self.cpu)
+        # Without an exit the first process was killed, which nobody but the kernel can do, out of memory.
+        killed_by, code = self.killed_by, self.status.get("exit", -signal.SIGKILL)
+        cpu = self.status.get("cpu", self.cpu)
         if killed_by is None and code in (-signal.SIGXCPU, -signal.SIGKILL):
             # Nobody else sends SIGKILL: the kernel out of memory, the student's start at a MemoryError, itself.
             killed_by = "cpu" if code == -signal.SIGXCPU or cpu >= self.limits["cpu"] else "memory"

@@ -123,12 +123,13 @@ def _program(forks: bool, own: int | None) -> list[tuple[int, int, int, int]]:
         for numbers in _FORK.values():
             program += when(numbers, refuse)
     program += when(_CLONE, *flags, allow)
+    # Limits of its own only: at the limits of the sandbox's first process, the kernel would kill that.
+    program += when(_PRLIMIT, (_LOAD, 0, 0, _ARGUMENT), (_EQUAL, 1, 0, 0), refuse, allow)
     if own is not None:
         for numbers in (_ATTRIBUTES | _PRIORITIES).values():
             program += when(numbers, refuse)
         kinds = [step for kind in _HARMLESS_IOCTLS for step in ((_EQUAL, 0, 1, kind), allow)]
         program += when(_IOCTL, (_LOAD, 0, 0, _ARGUMENT + 8), *kinds, refuse)
-        program += when(_PRLIMIT, (_LOAD, 0, 0, _ARGUMENT), (_EQUAL, 1, 0, 0), (_EQUAL, 0, 1, own), allow, refuse)
         for numbers in _SIGNAL.values():
             program += when(numbers, (_LOAD, 0, 0, _ARGUMENT), (_EQUAL, 1, 0, own), refuse, allow)
         program += when(_TKILL, refuse)

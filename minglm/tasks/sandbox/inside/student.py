@@ -6,6 +6,7 @@ import io
 import math
 import os
 import resource
+import signal
 import sys
 import threading
 import traceback
@@ -15,8 +16,6 @@ from typing import Any
 import landlock
 import seccomp
 import system
-
-MEMORY_ERROR_SIGNAL = 9  # what the kernel sends, too, when memory runs out
 
 
 def run(job: dict[str, Any], box: str, level: str, readable: list[str]) -> None:
@@ -67,6 +66,8 @@ def _give_up_privileges(box: str, level: str, readable: list[str]) -> None:
 
 def _replace_by(command: list[str]) -> None:
     program, *arguments = command
+    for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # Python's own ways with them would be inherited
+        signal.signal(number, signal.SIG_DFL)
     try:
         if program == "python":
             program = os.path.realpath(sys.executable)
@@ -84,6 +85,7 @@ def _run_file(path: str, box: str) -> None:
         for number, mode, errors in ((0, "rb", "replace"), (1, "wb", "backslashreplace"), (2, "wb", "backslashreplace"))
     )
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _forget_own_modules()
     sys.argv = [path]
     sys.path[0] = os.path.dirname(os.path.join(box, path))
@@ -101,7 +103,7 @@ def _run_file(path: str, box: str) -> None:
         if code == 1 and not isinstance(stop.code, int):
             print(stop.code, file=sys.stderr)
     except MemoryError:
-        os.kill(os.getpid(), MEMORY_ERROR_SIGNAL)
+        os.kill(os.getpid(), signal.SIGKILL)  # as the kernel does, out of memory
     except BaseException as error:
         error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # not this file
         traceback.print_exception(error)
