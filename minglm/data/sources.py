@@ -207,7 +207,7 @@ def _docstrings(package: str | None) -> Iterator[Document]:
 
 def _docstrings_of(text: str, module: str) -> list[tuple[str, str]]:
     """(dotted name, docstring) of everything that `text` defines and describes at length."""
-    with _without_garbage_collector(), warnings.catch_warnings():
+    with without_garbage_collector(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings are not ours to report
         try:
             tree = ast.parse(text)
@@ -218,7 +218,7 @@ def _docstrings_of(text: str, module: str) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _without_garbage_collector() -> Iterator[None]:
+def without_garbage_collector() -> Iterator[None]:
     """A syntax tree has no cycles, but its many nodes set the collector off, which then walks all that torch imported:
     half the time of reading docstrings."""
     enabled = gc.isenabled()
