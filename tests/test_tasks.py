@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minglm import chat
 from minglm.tasks import FAMILIES, GROUPS
+from minglm.tasks.__main__ import main
 from minglm.tasks.task import TaskError, final_content, problems, split_of
 from minglm.tasks.text import (
     ANSWER,
@@ -264,6 +265,29 @@ def test_a_split_without_problems_is_refused():
 @given(messages=values() | st.lists(message_like(), max_size=3))
 def test_the_final_content_of_anything_is_text(messages):
     assert isinstance(final_content(messages), str)
+
+
+# ---- looking at problems
+
+
+def test_families_are_listed_with_what_they_stand_for(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out and family.stands_for in out for name, family in FAMILIES.items())
+
+
+@every_family
+def test_a_problem_is_shown_with_its_solution_and_a_near_miss(family, capsys):
+    hardest = family.difficulties[-1]
+    assert main([family.family, str(hardest), "--seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(document(family.sample(random.Random(3), hardest), True))
+    assert "Reward of this: 1." in shown and "A near miss:" in shown
+
+
+def test_what_cannot_be_shown_is_refused_with_what_there_is(capsys):
+    assert main(["arithmetics"]) == 2 and "arithmetic," in capsys.readouterr().err
+    assert main(["countdown", "99"]) == 2 and "countdown has 1 to 8" in capsys.readouterr().err
 
 
 # ---- plain text
