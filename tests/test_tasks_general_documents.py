@@ -113,7 +113,7 @@ def test_all_needles_of_a_document_are_asked_for_in_a_row():
     [
         ((1_000, 1.5), "depth = 1.5: wanted 0"),
         ((1_000, -0.1), "depth = -0.1"),
-        ((40, 0.5), "the facts alone have"),
+        ((40, 0.5), "facts alone have"),
         ((1_000, 0.5, 0), "needles = 0"),
         ((9_000, 0.5, 2, len(TOWNS)), "at most 40 facts"),
     ],

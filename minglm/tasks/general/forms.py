@@ -1,10 +1,12 @@
-"""More constraints: the form of the whole text, its case, and its edges."""
+"""Constraints on the form of the whole text, its case, and its edges; and all kinds by name."""
 
 import json
 import re
 
-from minglm.tasks.general.constraints import WORD_KINDS, Constraint, Kind
+from minglm.tasks.general.constraints import Constraint, Kind
 from minglm.tasks.general.draft import words_of
+from minglm.tasks.general.keywords import KEYWORD_KINDS
+from minglm.tasks.general.lengths import LENGTH_KINDS
 
 # ---------------------------------------------------------------------------------------------------------------- form
 
@@ -258,5 +260,5 @@ FORM_KINDS: tuple[Kind, ...] = tuple(
     )
 )
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (*WORD_KINDS, *FORM_KINDS)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (*LENGTH_KINDS, *KEYWORD_KINDS, *FORM_KINDS)}
 """All kinds by name, in the order in which they mark a draft: the words to choose from, how many, which, where, what form."""

@@ -47,7 +47,8 @@ def passage(rng: random.Random, characters: int, facts: Sequence[tuple[str, floa
     room = characters - sum(len(fact) + 1 for fact, _ in facts) + 1
     if room < 0:
         raise TaskError(
-            f"characters = {characters}: the facts alone have {characters - room}; wanted more characters or fewer facts"
+            f"{characters} characters are left for the document, whose facts alone have {characters - room}: "
+            "wanted more characters or fewer facts"
         )
     sentences: list[str] = []
     ends = [0]  # of the filler after so many sentences
