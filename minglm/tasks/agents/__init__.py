@@ -1,9 +1,10 @@
 """Problems that are solved with tools, in a world that answers."""
 
 from minglm.tasks.agents.function_calling import FunctionCalling
+from minglm.tasks.agents.repository import Repository
 from minglm.tasks.agents.search import Search
 from minglm.tasks.agents.shop import ShopCounter
 from minglm.tasks.agents.terminal import Terminal
 from minglm.tasks.task import Problem
 
-FAMILIES: tuple[type[Problem], ...] = (FunctionCalling, ShopCounter, Terminal, Search)
+FAMILIES: tuple[type[Problem], ...] = (FunctionCalling, ShopCounter, Terminal, Search, Repository)
