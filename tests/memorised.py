@@ -43,14 +43,16 @@ def memorised(texts: tuple[str, ...], vocab_size: int = 512) -> tuple[GLM, Token
     return learn(fresh(tokenizer), [tokenizer.encode(text) + [tokenizer.end_of_document_id] for text in texts]), tokenizer
 
 
-def learn(model: GLM, documents: list[list[int]]) -> GLM:
-    """Train on documents of ids until they are known. Raises AssertionError if that takes too long."""
+def learn(model: GLM, documents: list[list[int]], given: list[int] | None = None) -> GLM:
+    """Train on documents of ids until they are known: of each all that follows its first `given` tokens (1). What these are
+    must tell the documents apart. Raises AssertionError if it takes too long."""
     longest = max(map(len, documents))
     ids = torch.zeros(len(documents), longest, dtype=torch.int64)
     labels = torch.full_like(ids, -100)
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document)
-        labels[row, : len(document) - 1] = torch.tensor(document[1:])
+        start = given[row] - 1 if given else 0
+        labels[row, start : len(document) - 1] = torch.tensor(document[start + 1 :])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     model.train()
     for step in range(PATIENCE):

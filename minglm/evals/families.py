@@ -84,9 +84,9 @@ def graded(
 
     Both behind `SHOTS` solved problems, or as many as fit, answered at once. Of an agent's answer only the first turn counts.
 
-    Chosen is the answer that its question makes likelier by most: log P(answer | question) - log P(answer | another problem's
-    question). By the first term alone a model that knows nothing may be far from chance, for right answers and near misses
-    differ in kind: a wrong sign is longer, a wrong digit a rarer one (Holtzman et al., arXiv 2104.08315).
+    Chosen is the answer whose share of the likelihood its question raises most, over what another problem's question gives
+    it. By likelihood alone a model that knows nothing may be far from chance, for right answers and near misses differ in
+    kind: a wrong sign is longer, a wrong digit a rarer one (compare Holtzman et al., arXiv 2104.08315).
     """
     for name in FAMILIES if families is None else families:
         form = BaseForm(scorer.tokenizer, shots_of(FAMILIES[name], seed, levels), thinking=False)
@@ -119,10 +119,21 @@ def graded(
 
 
 def raised(own: Sequence[Scored], others: Sequence[Scored]) -> float:
-    """1 if the first answer is the one that its own question raises most over another question; a share of a tie."""
-    gains = np.array([other.total - one.total for one, other in zip(own, others, strict=True)])
-    best = np.isclose(gains, gains.max(), rtol=1e-6, atol=1e-6)
+    """1 if the first answer is the one whose share its own question raises most over another question; a share of a tie.
+
+    Shares are of likelihood per token, so that they are equal in a model that knows nothing. Not log-likelihoods are compared
+    but shares: of two unlikely answers one may be a thousand times likelier than before and still be unlikely.
+    """
+    gains = _shares(own) - _shares(others)
+    best = np.isclose(gains, gains.max(), rtol=1e-6, atol=1e-9)
     return float(best[0] / best.sum())
+
+
+def _shares(scores: Sequence[Scored]) -> np.ndarray:
+    """Softmax of the mean log-probability of each answer's tokens."""
+    means = -np.array([one.total / len(one.nats) for one in scores])
+    weights = np.exp(means - means.max())
+    return weights / weights.sum()
 
 
 def _question(

@@ -7,6 +7,7 @@ what is missing and ends the document.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from minglm.evals.interval import ratio
 from minglm.evals.likelihood import CHOICES, choose, held_out_documents
 from minglm.evals.measure import Measure, scored
 from minglm.evals.scoring import Passage, Scorer
+from minglm.tokenizer import Tokenizer
 
 MARKS = ("<|code_prefix|>", "<|code_suffix|>", "<|code_middle|>")
 LONGEST_LINE = 80  # characters
@@ -57,15 +59,25 @@ def gaps(texts: Iterator[str], limit: int, seed: int = 0) -> list[Gap]:
     return found
 
 
+def as_written(tokenizer: Tokenizer, ids: list[int]) -> str | None:
+    """The text of a document, with its middle put back if it has GLM's marks; None if it has other special tokens."""
+    at = [number for number, id in enumerate(ids) if id in tokenizer.special_ids.values()]
+    if not at:
+        return tokenizer.decode(ids)
+    if [ids[number] for number in at] != [tokenizer.special_ids[mark] for mark in MARKS] or at[0] != 0:
+        return None
+    prefix, suffix, middle = (tokenizer.decode_bytes(ids[a + 1 : b]) for a, b in pairwise([*at, len(ids)]))
+    return (prefix + middle + suffix).decode(errors="replace")
+
+
 def infilling(scorer: Scorer, dataset: Dataset, domain: str, window: int, limit: int, seed: int = 0) -> Iterator[Measure]:
     """How a domain's gaps are filled, in `window` tokens: exactly, by choice among rests of other lines, in bits per byte; and
     the same bits from left to right, without the text behind the gap. Nothing if the tokenizer lacks the marks."""
     tokenizer = scorer.tokenizer
     if any(mark not in tokenizer.special_ids for mark in MARKS):
         return
-    lengths = tokenizer.token_byte_lengths()
-    whole = (document for document in held_out_documents(dataset, domain, seed) if lengths[document].all())
-    asked = gaps((tokenizer.decode(document) for document in whole), limit, seed)
+    texts = (as_written(tokenizer, document.tolist()) for document in held_out_documents(dataset, domain, seed))
+    asked = gaps((text for text in texts if text is not None), limit, seed)
     if not asked:
         return
     infill = scorer.score([_infill(scorer, gap, window) for gap in asked], f"infilling: {domain}")

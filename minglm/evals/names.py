@@ -19,7 +19,7 @@ from minglm.evals.measure import Measure
 from minglm.evals.scoring import Passage, Scorer
 
 FILE = re.compile(r"^# file: .*\n", re.MULTILINE)
-SECTION = re.compile(r"^(?:# file: |diff --git |--- )", re.MULTILINE)  # where a file ends
+SECTION = re.compile(r"^(?:# file: |# commit: |diff --git )", re.MULTILINE)  # where a file ends
 DEFINITION = re.compile(r"^(?:(?:async +)?def|class) +(\w+)|^([A-Za-z_]\w*) *(?::[^=\n]*)?=(?!=)", re.MULTILINE)
 NAME = re.compile(r"\b[A-Za-z_]\w*\b")
 SHORTEST_NAME = 4  # characters: shorter ones are guessed as easily

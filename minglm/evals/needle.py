@@ -22,7 +22,7 @@ from minglm.tasks.text import ANSWER, answer_text, conversation_text, ended, pro
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CANDIDATES = 4
 EXACT_CHANCE = 1 / len(CODES)
-SHORTEST = 64  # tokens: room for the facts and the question
+FEWEST_CHARACTERS = 200  # room for the facts and the question
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,12 @@ class Grid:
 
 
 def needle_grid(scorer: Scorer, lengths: Sequence[int], trials: int, depths: Sequence[float] = DEPTHS, seed: int = 0) -> Grid:
-    """Ask `trials` held-out questions in each cell. Raises EvaluationError for a length below `SHORTEST`."""
-    if not lengths or min(lengths) < SHORTEST or trials < 1:
-        raise EvaluationError(
-            f"lengths = {list(lengths)}, trials = {trials}: wanted {SHORTEST} tokens or more, one trial or more"
-        )
+    """Ask `trials` held-out questions in each cell. Raises EvaluationError for a length that has no room for a question."""
+    if not lengths or trials < 1:
+        raise EvaluationError(f"lengths = {list(lengths)}, trials = {trials}: wanted one of each at least")
+    shortest = shortest_length(scorer)
+    if min(lengths) < shortest:
+        raise EvaluationError(f"needle lengths {list(lengths)}: a question alone takes {shortest} tokens; wanted as many")
     rng = random.Random(f"needle {seed}")
     cells = [(length, depth) for length in lengths for depth in depths]
     questions = [_question(scorer, rng, length, depth) for length, depth in cells for _ in range(trials)]
@@ -73,6 +74,14 @@ def needle_grid(scorer: Scorer, lengths: Sequence[int], trials: int, depths: Seq
     chosen = [choose(one.continuations) for one in scores]
     exact = [float(one.continuations[0].exact) for one in scores]
     return Grid(tuple(lengths), tuple(depths), np.reshape(chosen, shape), np.reshape(exact, shape))
+
+
+def shortest_length(scorer: Scorer) -> int:
+    """Tokens that any question with its facts and an answer fits."""
+    rng = random.Random(0)
+    return max(
+        as_choice(scorer, needle_document(rng, FEWEST_CHARACTERS, 0.5, others=CANDIDATES - 1), rng).longest for _ in range(20)
+    )
 
 
 def _question(scorer: Scorer, rng: random.Random, length: int, depth: float) -> Passage:

@@ -20,7 +20,7 @@ from minglm.evals import families, likelihood
 from minglm.evals.fim import infilling
 from minglm.evals.measure import EvaluationError, Measure, Results
 from minglm.evals.names import names_of_other_files
-from minglm.evals.needle import SHORTEST, needle_grid
+from minglm.evals.needle import needle_grid, shortest_length
 from minglm.evals.scoring import Scorer
 from minglm.model import GLM
 from minglm.tasks import FAMILIES
@@ -89,7 +89,11 @@ def _names(subject: Subject) -> Iterator[Measure]:
 
 
 def _needle(subject: Subject) -> Iterator[Measure]:
-    grid = needle_grid(subject.scorer, subject.needle_lengths, max(1, subject.limit // 4), seed=subject.seed)
+    shortest = shortest_length(subject.scorer)
+    lengths = [length for length in subject.needle_lengths if length >= shortest]
+    if not lengths:  # a vocabulary of bytes and few positions
+        return
+    grid = needle_grid(subject.scorer, lengths, max(1, subject.limit // 4), seed=subject.seed)
     subject.details["needle"] = grid.details()
     yield from grid.measures()
 
@@ -134,7 +138,7 @@ def needle_lengths_of(positions: int) -> tuple[int, ...]:
     lengths = [SHORTEST_NEEDLE]
     while lengths[-1] * 2 <= min(positions, LONGEST_NEEDLE):
         lengths.append(lengths[-1] * 2)
-    return tuple(lengths) if positions >= SHORTEST_NEEDLE else (max(positions, SHORTEST),)
+    return tuple(lengths)
 
 
 def evaluate(
