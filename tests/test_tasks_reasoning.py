@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.reasoning import formula as formulas
 from minglm.tasks.reasoning.arithmetic import Arithmetic, added, multiplied, subtracted
+from minglm.tasks.reasoning.calendar_dates import Dates
 from minglm.tasks.reasoning.countdown import Countdown
 from minglm.tasks.reasoning.dates import DAYS, Clock, Weekdays
 from minglm.tasks.reasoning.equations import LinearEquations
@@ -115,6 +116,7 @@ def test_every_calculation_in_a_solution_is_true(family):
     for problem in some(family):
         thinking = problem.demonstrate(True)[0]["reasoning_content"].replace("\n=", " =")
         for part in re.split(r"[\n,]| -> |: ", thinking):
+            part = re.sub(r"^ ?[A-Z][a-z]+ ", "", part)  # the month that is counted
             sides = [side for side in part.split("=") if re.fullmatch(r"[-+*/() 0-9]*[0-9][-+*/() 0-9]*", side)]
             if len(sides) > 1:
                 assert len({calculated(side) for side in sides}) == 1, (problem, part)
@@ -290,6 +292,16 @@ def test_weekdays_are_those_of_the_calendar():
             monday = datetime.date(2024, 1, 1)
             date = monday + datetime.timedelta(problem.first_day + problem.days)
             assert problem.answer == DAYS[date.weekday()]
+
+
+def test_dates_are_those_of_the_calendar():
+    for problem in some(Dates, each=100):
+        count, way, start = re.search(r"(\d+) days? (before|after) (.*)\?", problem.question).groups()
+        date = datetime.datetime.strptime(start, "%d %B %Y")
+        date += datetime.timedelta(int(count) * (-1 if way == "before" else 1))
+        assert problem.answer == f"{date.day} {date:%B}"
+        month, end = re.search(r"(\w+) \d+ [+-] \d+ = (\d+)$", problem.thinking).groups()
+        assert problem.answer == f"{end} {month}"
 
 
 def test_times_are_those_of_the_clock():

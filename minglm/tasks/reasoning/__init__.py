@@ -1,6 +1,7 @@
 """Reasoning: a question, steps of thought, and one answer that is right or wrong."""
 
 from minglm.tasks.reasoning.arithmetic import Arithmetic
+from minglm.tasks.reasoning.calendar_dates import Dates
 from minglm.tasks.reasoning.countdown import Countdown
 from minglm.tasks.reasoning.dates import Clock, Weekdays
 from minglm.tasks.reasoning.equations import LinearEquations
@@ -21,6 +22,7 @@ FAMILIES: tuple[type[Problem], ...] = (
     Ordering,
     Knights,
     Weekdays,
+    Dates,
     Clock,
     Units,
     Science,

@@ -1,4 +1,4 @@
-"""Days of the week, times of day, and dates."""
+"""Days of the week, and times of day."""
 
 import calendar
 import datetime
@@ -59,8 +59,8 @@ class Weekdays(Word):
             return (f"What day is {way}?", f"Which day of the week is {way}?", f"Name the day {way}.")[self.wording]
         first = datetime.date(*self.date)
         last = first + datetime.timedelta(self.days)
-        told = f"{_day(first)} {first.year} is a {DAYS[self.first_day]}."
-        asked = (f"What day is {_day(last)} {last.year}?", f"Which day of the week is {_day(last)} {last.year}?")
+        told = f"{written_day(first)} {first.year} is a {DAYS[self.first_day]}."
+        asked = (f"What day is {written_day(last)} {last.year}?", f"Which day of the week is {written_day(last)} {last.year}?")
         return f"{told} {asked[self.wording % 2]}"
 
     @property
@@ -158,7 +158,8 @@ class Clock(Word):
         return reply(_clock((self.begin + self.minutes + rng.choice((-60, 60, -10, 10, -1, 1))) % DAY))
 
 
-def _day(date: datetime.date) -> str:
+def written_day(date: datetime.date) -> str:
+    """As in 7 March."""
     return f"{date.day} {MONTHS[date.month - 1]}"
 
 
