@@ -154,8 +154,8 @@ def test_the_answer_that_its_own_question_raises_most_is_chosen():
 
     assert raised(of(1.0, 0.5), of(3.0, 0.5)) == 1.0  # by likelihood alone the second would be chosen
     assert raised(of(3.0, 0.5), of(1.0, 0.5)) == 0.0
-    assert raised(of(1.0, 2.0), of(2.0, 3.0)) == 0.5  # nothing is raised
-    assert raised(of(0.0, 12.0), of(15.0, 30.0)) == 1.0  # a sure answer, however much likelier a wrong one has become
+    assert raised(of(1.0, 2.0), of(2.0, 3.0)) == 1.0 and raised(of(2.0, 1.0), of(3.0, 2.0)) == 0.0  # nothing is raised
+    assert raised(of(0.0, 12.0), of(5.0, 30.0)) == 1.0  # a sure answer, however much likelier a wrong one has become
     assert raised(of(6.0, 6.0, tokens=(9, 2)), of(6.0, 6.0, tokens=(9, 2))) == 0.5
 
 

@@ -24,6 +24,7 @@ from minglm.tokenizer import Tokenizer
 SHOTS = 2
 LEVELS = 2  # of a family's difficulties, from the easiest on: what small models differ in
 NEAR_MISSES = 3
+ALIKE = 1e-3  # shares
 DRAWS_A_PROBLEM = 8  # before a small family's split is taken for exhausted
 
 
@@ -122,10 +123,13 @@ def raised(own: Sequence[Scored], others: Sequence[Scored]) -> float:
     """1 if the first answer is the one whose share its own question raises most over another question; a share of a tie.
 
     Shares are of likelihood per token, so that they are equal in a model that knows nothing. Not log-likelihoods are compared
-    but shares: of two unlikely answers one may be a thousand times likelier than before and still be unlikely.
+    but shares: of two unlikely answers one may be a thousand times likelier than before and still be unlikely. Of answers
+    raised alike (`ALIKE`), such as by a question that the other one resembles, the likeliest is chosen.
     """
-    gains = _shares(own) - _shares(others)
-    best = np.isclose(gains, gains.max(), rtol=1e-6, atol=1e-9)
+    shares = _shares(own)
+    gains = shares - _shares(others)
+    left = np.where(gains >= gains.max() - ALIKE, shares, 0.0)
+    best = np.isclose(left, left.max(), rtol=1e-6, atol=0)
     return float(best[0] / best.sum())
 
 
