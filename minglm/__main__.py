@@ -281,7 +281,8 @@ made:
 
 to try next:
   {PROGRAM} train {run.config} --run-folder {folder}-adamw --optimizer.kind adamw
-  {PROGRAM} train nano --data.path YOUR_TEXT --run-folder runs/own-text
+  {PROGRAM} eval {folder}    every stage, a column each
+  {PROGRAM} train text --data.path YOUR_TEXT
   {PROGRAM} chat {folder}
   {PROGRAM} params configs/model/glm-4.5.toml
   {PROGRAM} bench""")

@@ -1,5 +1,6 @@
 """What must exist before the first step: a tokenizer, and data and prompts as tokens."""
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -7,16 +8,9 @@ from pathlib import Path
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset, prepare
-from minglm.data.sources import (
-    TRAIN,
-    Corpus,
-    DataError,
-    default_documents,
-    documents_from_path,
-    embedded_documents,
-    split_documents,
-)
+from minglm.data.sources import TRAIN, Corpus, DataError, documents_from_path, split_documents
 from minglm.tokenizer import Tokenizer, train_tokenizer
+from minglm.train.ingredients import corpus_of, text_of
 from minglm.train.recipe import Recipe
 
 TRAINED_FROM = "trained_from.json"
@@ -45,11 +39,15 @@ def prepare_data(recipe: Recipe, run_folder: Path) -> tuple[Tokenizer, Dataset]:
 
 
 def _read_corpus(recipe: Recipe) -> Corpus:
-    if recipe.data.path:
-        return documents_from_path(recipe.data.path)
-    sources = recipe.data.sources
-    # Small, and slow to read: the tokenizer and the shards share one reading.
-    return (embedded_documents(*sources) if sources else default_documents()).in_memory()
+    data = recipe.data
+    if data.ingredients:
+        return _read_once(corpus_of(data))
+    return documents_from_path(data.path) if data.path else _read_once(text_of(data))
+
+
+def _read_once(corpus: Corpus) -> Corpus:
+    """Small, and slow to read: the tokenizer and the shards share one reading, and a run that goes on needs none."""
+    return Corpus(functools.cache(lambda: tuple(corpus)), corpus.identity)
 
 
 def _get_tokenizer(recipe: Recipe, corpus: Corpus, folder: Path) -> Tokenizer:

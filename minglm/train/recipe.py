@@ -8,6 +8,7 @@ Nothing here needs torch.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +31,26 @@ class Data:
     """Own text instead of the sources: a file, a folder or JSONL. In a recipe file it starts from that file's folder."""
     folder: Path | None = None
     """Where the tokenizer and the tokens are kept, for several runs to share; by default in the run folder."""
+    ingredients: tuple[str, ...] = ()
+    """What fills the domains that stages mix, beside sources or path, where they are named; see minglm.train.ingredients."""
+    megabytes: float = 4.0
+    """Of text that each ingredient takes from the embedded sources at most."""
+    fim_rate: float = 0.5
+    """The share of source files that are cut for filling in the middle."""
+    documents: int = 1000
+    """Of each ingredient that is made of problems."""
+    thinking_share: float = 0.5
+    """The share of them with worked solutions."""
+    levels: int = 4
+    """Difficulties of each family of problems, from the easiest on; 0: all."""
+    long_levels: tuple[int, ...] = (3, 4, 5, 6)
+    """Difficulties of long documents, which decide their length: 3 is 600 characters, each next one twice as many."""
+
+    def __post_init__(self) -> None:
+        for key, most in (("fim_rate", 1), ("thinking_share", 1), ("levels", math.inf)):
+            _require(0 <= getattr(self, key) <= most, key, getattr(self, key), "0 to 1" if most == 1 else "0 or more")
+        for key in ("megabytes", "documents"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
 
 
 @dataclass(frozen=True)
