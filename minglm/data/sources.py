@@ -97,6 +97,12 @@ class Corpus:
                 yield document
 
     @classmethod
+    def joined(cls, corpora: Iterable["Corpus"]) -> "Corpus":
+        """The documents of all of them, one corpus after the other."""
+        corpora = tuple(corpora)
+        return cls(lambda: itertools.chain.from_iterable(corpora), {"joined": [corpus.identity for corpus in corpora]})
+
+    @classmethod
     def from_documents(cls, documents: Iterable[Document]) -> "Corpus":
         """A corpus of documents that are in memory."""
         documents = tuple(documents)
@@ -200,7 +206,7 @@ def _distributions() -> dict[str, importlib.metadata.Distribution]:
 
 def _docstrings(package: str | None) -> Iterator[Document]:
     source = f"docstrings/{package or 'standard_library'}"
-    for module, text in _python_files(package):
+    for module, text in source_files(package):
         for name, docstring in _docstrings_of(text, module):
             yield Document(docstring, name, source, "prose", _group(module, package))
 
@@ -243,7 +249,7 @@ def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
 
 def _code(package: str | None) -> Iterator[Document]:
     source = f"code/{package or 'standard_library'}"
-    for module, text in _python_files(package):
+    for module, text in source_files(package):
         digits = sum(map(text.count, "0123456789\\"))
         if digits <= LARGEST_DIGIT_SHARE * len(text):
             yield Document(text, module, source, "code", _group(module, package))
@@ -262,7 +268,7 @@ _LEFT_OUT_FOLDERS = frozenset(
 )
 
 
-def _python_files(package: str | None) -> Iterator[tuple[str, str]]:
+def source_files(package: str | None = None) -> Iterator[tuple[str, str]]:
     """(dotted module name, text) of each source file, sorted; `package` None is the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"]) if package is None else _package_folder(package)
     prefix = () if package is None else (package,)
