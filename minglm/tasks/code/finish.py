@@ -121,8 +121,7 @@ class FinishFile(WritesCode):
             rng.choice(list(OPERATORS)) if wanted else "",
         )
         right = [case.expected for case in problem.cases]
-        wrong = problem._wrong()
-        if problem.chance or not wrong or len(set(right)) < 3:
+        if problem.chance or len(set(right)) < 3 or problem._copied_values() == right:
             return cls.sample(rng, difficulty)
         return problem
 
@@ -212,14 +211,29 @@ class FinishFile(WritesCode):
     def near_miss(self, rng: random.Random) -> list[Message]:
         return reply(function(self.name, rng.choice(self._wrong())))
 
+    @property
+    def copied(self) -> str:
+        """The right expression for the numbers that are shown."""
+        expression = "x"
+        for one in (self.definitions[place] for place in self.calls):
+            expression = f"{expression if expression == 'x' else f'({expression})'} {one.operator} {one.number}"
+        if self.constant is None:
+            return expression
+        return f"({expression}) {self.operator} {self.definitions[self.constant].number}"
+
+    def _copied_values(self) -> list[int]:
+        values = []
+        for x in INPUTS:
+            for one in (self.definitions[place] for place in self.calls):
+                x = calculate(x, one.operator, one.number)
+            constant = None if self.constant is None else self.definitions[self.constant].number
+            values.append(x if constant is None else calculate(x, self.operator, constant))
+        return values
+
     def _wrong(self) -> list[str]:
         """Expressions: the numbers copied instead of the names used; another name of the same kind; the order turned round."""
         right = [case.expected for case in self.cases]
-        found = []
-        if len(self.calls) == 1 and self.constant is None:
-            called = self.definitions[self.calls[0]]
-            if [calculate(x, called.operator, called.number) for x in INPUTS] != right:
-                found.append(f"x {called.operator} {called.number}")
+        found = [self.copied]
         functions = [place for place, one in enumerate(self.definitions) if one.operator]
         constants = [place for place, one in enumerate(self.definitions) if not one.operator]
         others = [(self.calls[::-1], self.constant)]

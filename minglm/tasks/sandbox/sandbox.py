@@ -129,7 +129,9 @@ def _open(level: str, allow_unsafe: bool, warm: int, disk_bytes: int) -> tuple[P
         try:
             broken = _broken_claims(pool, ENFORCES[candidate])
         except SandboxError as error:
-            broken = {str(error)}
+            reasons.append(f"{candidate}: {error}")
+            pool.close()
+            continue
         if not broken:
             return pool, candidate
         pool.close()

@@ -3,16 +3,18 @@
 import json
 import os
 import time
+from collections.abc import Callable
 from typing import Any
 
 import student
 
-JOB, STATUS = 5, 4
+STATUS, JOB, PROC = 4, 5, 6
 
 
 def arrange(descriptors: dict[str, int]) -> None:
-    """Put the pipes where all expect them, and close everything else."""
-    places = {0: "stdin", 1: "stdout", 2: "stderr", 3: "report", STATUS: "status", JOB: "job"}
+    """Put the pipes, and the folder /proc where there is one, where all expect them, and close everything else."""
+    places = {0: "stdin", 1: "stdout", 2: "stderr", 3: "report", STATUS: "status", JOB: "job", PROC: "proc"}
+    places = {place: name for place, name in places.items() if name in descriptors}
     high = {}
     for place, name in places.items():  # out of the way first, so that no move covers another's source
         high[place] = os.dup(descriptors[name])
@@ -23,9 +25,13 @@ def arrange(descriptors: dict[str, int]) -> None:
     os.closerange(max(places) + 1, 1024)
 
 
-def serve(box: str, level: str, readable: list[str]) -> None:
-    """Wait for the job, do it, tell, end. Never returns; with it ends, inside a PID namespace, all that is left."""
+def serve(box: str, level: str, readable: list[str], prepare: Callable[[], None] = lambda: None) -> None:
+    """Wait for the job, do it, tell, end. Never returns; with it ends, inside a PID namespace, all that is left.
+
+    prepare: done first. What goes wrong there is told as well.
+    """
     try:
+        prepare()
         with open(JOB, "rb", closefd=False) as pipe:
             text = pipe.read()
         if text:  # empty: the caller has gone

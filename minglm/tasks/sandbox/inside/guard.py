@@ -152,7 +152,8 @@ class Guard:
         if "error" in self.status:
             return {"error": self.status["error"]}
         if self.killed_by is None and "started" not in self.status:
-            return {"error": "its first process ended without a word"}
+            words = self.output["stderr"].decode("utf-8", "replace").strip()
+            return {"error": f"its first process ended before it began{': ' if words else ''}{words}"}
         # Without an exit the first process was killed, which nobody but the kernel can do, out of memory.
         killed_by, code = self.killed_by, self.status.get("exit", -signal.SIGKILL)
         cpu = self.status.get("cpu", self.cpu)

@@ -69,12 +69,16 @@ def _start_in_namespaces(settings: dict[str, Any], pipes: dict[str, int]) -> tup
     ids = os.getuid(), os.getgid()
     pid = system.clone(system.NEW_USER | system.NEW_PIDS | system.NEW_MOUNTS)
     if pid == 0:
-        _map_user(settings["proc"], (1000, 1000), ids)
-        first.arrange(pipes)
-        system.die_with_parent()
-        options = f"size={settings['disk_bytes']},nr_inodes=4096,mode=700"
-        system.mount("box", view.BOX, "tmpfs", system.NO_SUID | system.NO_DEVICES, options)
-        first.serve(view.BOX, settings["level"], [])
+        first.arrange(pipes | {"proc": settings["proc"]})
+
+        def prepare() -> None:
+            _map_user(first.PROC, (1000, 1000), ids)
+            os.close(first.PROC)
+            system.die_with_parent()
+            options = f"size={settings['disk_bytes']},nr_inodes=4096,mode=700"
+            system.mount("box", view.BOX, "tmpfs", system.NO_SUID | system.NO_DEVICES, options)
+
+        first.serve(view.BOX, settings["level"], [], prepare)
     return pid, None
 
 
@@ -83,7 +87,8 @@ def _start_in_bubblewrap(settings: dict[str, Any], pipes: dict[str, int]) -> tup
     if pid == 0:
         first.arrange(pipes)
         inside = [os.path.realpath(sys.executable), *FLAGS, _OUTER, "first", json.dumps({"level": settings["level"]})]
-        os.execv(settings["bubblewrap"], ["bwrap", *_bubblewrap_options(settings), "--", *inside])
+        command = ["bwrap", *_bubblewrap_options(settings), "--", *inside]
+        first.serve(view.BOX, settings["level"], [], lambda: os.execv(settings["bubblewrap"], command))
     return pid, None
 
 
