@@ -1,0 +1,380 @@
+"""Agents' worlds: how calls are read, how an attempt ends, and the families function_calling, shop_counter and search."""
+
+import copy
+import itertools
+import json
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minglm.tasks.agents import FAMILIES
+from minglm.tasks.agents.calling import Call, MalformedCall, call_message, read_calls, tool
+from minglm.tasks.agents.catalogue import CATALOGUE
+from minglm.tasks.agents.function_calling import FunctionCalling
+from minglm.tasks.agents.search import Search
+from minglm.tasks.agents.shop import ShopCounter
+from minglm.tasks.agents.shop_rules import COLOURS, TOOLS, Order, Rules, Shop, Wish, do, plan
+from minglm.tasks.agents.world import Move
+from minglm.tasks.task import TaskError
+
+every_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.family)
+PLAIN = [
+    tool("f", "", {"text": "string", "count": "integer", "share": "number", "is_new": "boolean"}, optional=["share", "is_new"])
+]
+
+
+def drawn(family, each=10, seed=0):
+    rng = random.Random(f"{family.family} {seed}")
+    return [family.sample(rng, difficulty) for difficulty in family.difficulties for _ in range(each)]
+
+
+def says(content):
+    return {"role": "assistant", "content": content}
+
+
+def calls_f(arguments):
+    return {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+# ---- calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("{", "not JSON"),
+        ('{"text": "a", "count": NaN}', "not JSON"),
+        ('{"text": "a", "text": "b", "count": 1}', "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[]", "wanted a JSON object"),
+        (None, "wanted a JSON object"),
+        ({"text": "a"}, "count is missing"),
+        ({"text": "a", "count": 1, "more": 1}, "no argument 'more'"),
+        ({"text": "a", "count": "1"}, "wanted integer"),
+        ({"text": "a", "count": True}, "wanted integer"),
+        ({"text": "a", "count": 1.5}, "wanted integer"),
+        ({"text": 1, "count": 1}, "wanted string"),
+        ({"text": "a", "count": 1, "is_new": 0}, "wanted boolean"),
+        ({"text": "a", "count": 1, "share": float("inf")}, "too large"),
+        ({"text": "a", "count": 1, "share": float("nan")}, "too large"),
+        ({"text": "a", "count": 10**5000}, "too large"),
+        ({"text": "a" * 30_000, "count": 1}, "at most"),
+    ],
+)
+def test_arguments_that_the_schema_does_not_allow_are_refused_with_the_reason(arguments, reason):
+    with pytest.raises(MalformedCall, match=reason):
+        read_calls(calls_f(arguments), PLAIN)
+
+
+def test_an_integer_may_be_written_as_json_writes_numbers():
+    [call] = read_calls(calls_f('{"text": "a", "count": 2.0, "share": 1}'), PLAIN)
+    assert call == Call("f", {"text": "a", "count": 2, "share": 1}) and type(call.arguments["count"]) is int
+
+
+@given(
+    st.fixed_dictionaries(
+        {"text": st.text(), "count": st.integers(-(10**15), 10**15)},
+        optional={"share": st.floats(-1e15, 1e15), "is_new": st.booleans()},
+    )
+)
+def test_what_the_schema_allows_is_read_as_it_is_from_mapping_or_json(arguments):
+    assert read_calls(calls_f(arguments), PLAIN) == read_calls(calls_f(json.dumps(arguments)), PLAIN) == [Call("f", arguments)]
+
+
+@every_family
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"function": {"name": "no_such_tool", "arguments": {}}}],
+        [{"function": {"name": None, "arguments": {}}}],
+        [{"name": "run"}],
+        ["run"],
+        "run",
+        [{"function": {"name": "no_such_tool", "arguments": {}}}] * 17,
+    ],
+)
+def test_a_malformed_call_ends_the_attempt_with_nothing_and_the_reason(family, calls):
+    problem = drawn(family, 1)[0]
+    bad = {"role": "assistant", "content": "", "tool_calls": calls}
+    episode = problem.start()
+    assert episode.step(bad) == [] and episode.done
+    reward, reasons = problem.verify([bad])
+    assert reward == 0 and reasons[0].startswith("malformed call: ")
+    # Nor does a right answer after it help.
+    assert problem.verify([bad, *problem.demonstrate(False)]).reward == 0
+
+
+@every_family
+def test_a_call_whose_arguments_are_no_json_ends_the_attempt_wherever_it_comes(family):
+    for problem in drawn(family, 4):
+        response = copy.deepcopy(problem.demonstrate(False))
+        with_calls = [index for index, message in enumerate(response) if message.get("tool_calls")]
+        if with_calls:
+            response[with_calls[-1]]["tool_calls"][0]["function"]["arguments"] = '{"path": '
+            reward, reasons = problem.verify(response)
+            assert reward == 0 and any("not JSON" in reason for reason in reasons)
+
+
+@every_family
+def test_arguments_may_be_the_json_of_a_mapping(family):
+    for problem in drawn(family, 3):
+        response = copy.deepcopy(problem.demonstrate(True))
+        for message in response:
+            for call in message.get("tool_calls", ()):
+                call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+        assert problem.verify(response) == (1.0, ())
+
+
+# ---- attempts
+
+
+@every_family
+def test_results_that_the_world_did_not_give_are_refused(family):
+    for problem in drawn(family, 4):
+        right = problem.demonstrate(False)
+        for index, message in enumerate(right):
+            if message["role"] != "assistant":
+                forged = [*right[:index], {**message, "content": message["content"] + " "}, *right[index + 1 :]]
+                assert problem.verify(forged).reward == 0
+                assert problem.verify([*right[:index], *right[index + 1 :]]).reward == 0
+
+
+@every_family
+def test_an_attempt_that_stops_early_or_goes_on_after_its_end_has_nothing(family):
+    for problem in drawn(family, 4):
+        right = problem.demonstrate(False)
+        for index in range(len(right)):
+            assert problem.verify(right[:index]).reward == 0
+        assert problem.verify([*right, says("done")]).reward == 0
+
+
+@every_family
+def test_an_attempt_without_end_is_ended(family):
+    problem = drawn(family, 1)[-1]
+    names = [one["function"]["name"] for one in problem.tools]
+    looks = {
+        "get_order": {"order": "A0"},
+        "run": {"command": "ls"},
+        "search": {"query": "a"},
+        "read_file": {"path": "tests.py"},
+    }
+    name = next((name for name in names if name in looks), None)
+    episode, count = problem.start(), 0
+    while not episode.done:
+        episode.step(call_message([Call(name, looks[name])]) if name else says("name?"))
+        count += 1
+        assert count < 100
+    assert episode.verdict().reward == 0
+    with pytest.raises(TaskError):
+        episode.step(says("done"))
+
+
+@every_family
+def test_an_attempt_leaves_no_trace_in_the_problem(family):
+    for problem in drawn(family, 3):
+        first = problem.demonstrate(True)
+        problem.verify(problem.near_miss(random.Random(0)))
+        assert problem.demonstrate(True) == first
+
+
+# ---- function_calling
+
+
+def test_functions_may_be_called_in_any_order():
+    for problem in drawn(FunctionCalling, 40):
+        [*asked, last] = problem.demonstrate(False)
+        calls = last.get("tool_calls", [])
+        for order in itertools.permutations(calls):
+            assert problem.verify([*asked, {**last, "tool_calls": list(order)}]).reward == 1 or not calls
+
+
+def test_a_default_may_be_left_out_or_given():
+    seen = 0
+    for problem in drawn(FunctionCalling, 60):
+        response = copy.deepcopy(problem.demonstrate(False))
+        for call in response[-1].get("tool_calls", ()):
+            arguments = call["function"]["arguments"]
+            for argument in CATALOGUE[call["function"]["name"]].arguments:
+                if argument.default is not None and argument.name not in arguments:
+                    arguments[argument.name] = argument.default
+                    seen += 1
+        assert problem.verify(response) == (1.0, ())
+    assert seen > 10
+
+
+def test_every_value_of_every_call_counts():
+    for problem in drawn(FunctionCalling, 20):
+        right = problem.demonstrate(False)
+        for number, call in enumerate(problem.wanted):
+            for name, value in call.arguments.items():
+                response = copy.deepcopy(right)
+                values = next(one.values for one in CATALOGUE[call.name].arguments if one.name == name)
+                other = next(one for one in values if one != value)
+                response[-1]["tool_calls"][number]["function"]["arguments"][name] = other
+                assert problem.verify(response).reward == 0
+            fewer = [one for index, one in enumerate(right[-1]["tool_calls"]) if index != number]
+            assert problem.verify([*right[:-1], {**right[-1], "tool_calls": fewer}]).reward == 0
+            more = [*right[-1]["tool_calls"], right[-1]["tool_calls"][number]]
+            assert problem.verify([*right[:-1], {**right[-1], "tool_calls": more}]).reward == 0
+
+
+def test_what_is_not_given_has_to_be_asked_for_and_what_is_given_not():
+    seen = set()
+    for problem in drawn(FunctionCalling, 40):
+        if problem.missing:
+            seen.add("ask")
+            assert problem.verify([call_message(problem.wanted)]).reward == 0  # the value is a guess, if a lucky one
+            value = dict(problem.wanted[0].arguments)[problem.missing]
+            assert str(value) not in problem.question.split(".")[0].split()
+        elif problem.calls:
+            seen.add("call")
+            name = next(iter(problem.wanted[0].arguments))
+            assert problem.verify([says(f"{name}?")]).reward == 0
+        else:
+            seen.add("none")
+            assert problem.verify([says("None of them.")]).reward == 0
+    assert seen == {"ask", "call", "none"}
+
+
+# ---- shop_counter
+
+
+def allowed_by_the_letter(problem, shop, wish):
+    """The rules read out once more, without a search."""
+    rules, customers = problem.rules, shop.gold
+    for number in wish.orders:
+        order = next(order for order in shop.orders if order.number == number)
+        if wish.write == "cancel":
+            fits = order.status == "pending"
+        elif wish.write == "take_back":
+            limit = rules.gold_days if order.customer in customers else rules.days
+            fits = order.status == "delivered" and order.days <= limit
+        else:
+            fits = order.status == "delivered" and (order.item, wish.colour, 0) not in shop.stock
+        if not fits:
+            return False
+    return True
+
+
+def test_a_plan_is_found_exactly_where_the_rules_allow_each_part_of_the_wish():
+    found = {True: 0, False: 0}
+    for problem in drawn(ShopCounter, 60):
+        shop = problem.shop
+        for wish, calls, after in problem.outcomes():
+            assert (calls is not None) == allowed_by_the_letter(problem, shop, wish), (problem, wish)
+            found[calls is not None] += 1
+            for call in calls or ():
+                assert problem.rules.forbid(shop, call) == ""
+                shop, result = do(shop, call)
+                assert result == "ok"
+            assert shop == after and (calls is None or wish.is_met(after))
+    assert min(found.values()) > 50
+
+
+def test_two_exchanges_share_the_stock():
+    orders = (Order("A1", "Anna", "lamp", "red", 10, "delivered", 1), Order("A2", "Anna", "lamp", "green", 10, "delivered", 1))
+    wish = Wish("exchange", ("A1", "A2"), "blue", "")
+    rules = Rules(10, 10, 0)
+    assert plan(Shop(orders, (("lamp", "blue", 1), ("lamp", "red", 0))), rules, wish) is None
+    assert len(plan(Shop(orders, (("lamp", "blue", 2), ("lamp", "red", 0))), rules, wish)) == 2
+
+
+def test_right_words_with_one_write_too_many_or_too_few_have_nothing():
+    for problem in drawn(ShopCounter, 15):
+        outcomes = problem.outcomes()
+        orders = [order.number for order in problem.shop.orders if order.status == "pending"]
+
+        def moves(extra, skip, outcomes=outcomes):
+            for index, (_, calls, _) in enumerate(outcomes):
+                if calls and not (skip and index == len(outcomes) - 1):
+                    yield Move("", calls)
+                if extra and index == len(outcomes) - 1:
+                    yield Move("", [extra])
+                yield Move("", content="cannot" if calls is None else "done")
+
+        assert problem.verify(problem.play(moves(None, False))).reward == 1
+        if outcomes[-1][1]:
+            assert problem.verify(problem.play(moves(None, True))).reward == 0
+        for number in orders:
+            touched = {call.arguments["order"] for _, calls, _ in outcomes for call in calls or ()}
+            if number not in touched:
+                assert problem.verify(problem.play(moves(Call("cancel", {"order": number}), False))).reward == 0
+
+
+@st.composite
+def shop_calls(draw):
+    name = draw(st.sampled_from(sorted(TOOLS)))
+    values = {
+        "order": st.sampled_from(["A1", "A2", "A3", "A9"]),
+        "customer": st.sampled_from(["Anna", "Ben", "Nobody"]),
+        "item": st.sampled_from(["lamp", "rug", "moon"]),
+        "refund": st.integers(0, 50),
+        "colour": st.sampled_from(COLOURS),
+    }
+    return Call(name, {key: draw(values[key]) for key in TOOLS[name]["function"]["parameters"]["properties"]})
+
+
+@given(st.lists(shop_calls(), max_size=12))
+@settings(max_examples=100)
+def test_tools_lose_no_goods_and_errors_change_nothing(calls):
+    shop = Shop(
+        (Order("A1", "Anna", "lamp", "red", 10, "delivered", 3), Order("A2", "Ben", "rug", "blue", 20, "pending")),
+        tuple((item, colour, 1) for item in ("lamp", "rug") for colour in COLOURS),
+    )
+
+    def goods(shop):
+        return sorted(
+            [(order.item, order.colour) for order in shop.orders]
+            + [(item, colour) for item, colour, count in shop.stock for _ in range(count)]
+        )
+
+    before = goods(shop)
+    for call in calls:
+        after, result = do(shop, call)
+        assert goods(after) == before
+        if result.startswith("error") or call.name.startswith(("get", "list")):
+            assert after == shop
+        shop = after
+
+
+# ---- search
+
+
+def test_a_question_has_one_answer_and_the_first_page_does_not_give_it():
+    for problem in drawn(Search, 15):
+        encyclopedia = problem.encyclopedia
+        facts = {(relation, subject): found for relation, subject, found in encyclopedia.facts}
+        assert len(facts) == len(encyclopedia.facts)  # each relation leads to one thing
+        end = problem.start_name
+        for relation in problem.chain:
+            end = facts[relation, end]
+        if problem.employer:
+            fits = [
+                name
+                for name in encyclopedia.of_kind("person")
+                if facts["birthplace", name] == end and facts["employer", name] == problem.employer
+            ]
+            assert fits == [problem.answer]
+        else:
+            assert problem.answer == end
+        assert problem.answer in problem.candidates and problem.answer not in problem.messages[0]["content"]
+        if len(problem.chain) > 1 or problem.employer:
+            first = encyclopedia.page(encyclopedia.order.index(problem.start_name) + 1)
+            assert problem.answer not in first.replace(".", "").split() or problem.employer
+
+
+def test_search_finds_each_page_first_by_its_title():
+    for problem in drawn(Search, 2):
+        for number, title in enumerate(problem.encyclopedia.order, start=1):
+            assert problem.encyclopedia.search(title.upper()).split("; ")[0] == f"{number} {title}"
+
+
+def test_harder_searches_take_more_calls():
+    def mean_calls(difficulty):
+        rng = random.Random(difficulty)
+        return sum(len(Search.sample(rng, difficulty).demonstrate(False)) for _ in range(20)) / 20
+
+    means = [mean_calls(difficulty) for difficulty in (1, 2, 4, 5, 6)]
+    assert means == sorted(means) and means[-1] > 3 * means[0]
