@@ -11,17 +11,11 @@
 import itertools
 
 from minglm.config import ConfigError
+from minglm.data.pipeline import INGREDIENTS, stage_corpus
 from minglm.data.sources import Corpus, default_documents, documents_from_path, embedded_documents
 from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.corpus import DOMAINS, DOMAINS_OF_FAMILIES, TaskCorpus
 from minglm.train.recipe import Data
-
-TEXT_INGREDIENTS = ("prose", "code", "repositories")
-
-
-def stage_corpus(names, megabytes, fim_rate):
-    corpus = default_documents()
-    return Corpus(lambda: (d for d in corpus if d.domain in names), {"names": names, **corpus.identity})
 
 
 def families_of(ingredient: str) -> tuple[str, ...]:
@@ -43,16 +37,15 @@ def corpus_of(data: Data) -> Corpus:
 
     Raises `ConfigError` for a name that is none.
     """
-    task_names = (*DOMAINS.values(), *DOMAINS_OF_FAMILIES.values())
+    problems = (*DOMAINS.values(), *DOMAINS_OF_FAMILIES.values())
     for name in data.ingredients:
-        if name not in (*TEXT_INGREDIENTS, *task_names):
-            raise ConfigError(
-                f"data.ingredients: {name!r} is none; wanted some of {', '.join((*TEXT_INGREDIENTS, *task_names))}"
-            )
-    text = [name for name in data.ingredients if name in TEXT_INGREDIENTS]
+        if name not in (*INGREDIENTS, *problems):
+            raise ConfigError(f"data.ingredients: {name!r} is none; wanted some of {', '.join((*INGREDIENTS, *problems))}")
     corpora = [text_of(data)] if data.path or data.sources else []
-    corpora += [stage_corpus(text, megabytes=data.megabytes, fim_rate=data.fim_rate)] if text else []
-    corpora += [_problems(name, data) for name in data.ingredients if name in task_names]
+    text = {name: data.characters for name in data.ingredients if name in INGREDIENTS}
+    if text:
+        corpora.append(stage_corpus(text, data.fim_rate, data.fim_characters, data.repository_characters))
+    corpora += [_problems(name, data) for name in data.ingredients if name in problems]
     identity = {"ingredients": [corpus.identity for corpus in corpora]}
     return Corpus(lambda: itertools.chain.from_iterable(corpora), identity)
 

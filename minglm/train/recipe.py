@@ -33,10 +33,14 @@ class Data:
     """Where the tokenizer and the tokens are kept, for several runs to share; by default in the run folder."""
     ingredients: tuple[str, ...] = ()
     """What fills the domains that stages mix, beside sources or path, where they are named; see minglm.train.ingredients."""
-    megabytes: float = 4.0
-    """Of text that each ingredient takes from the embedded sources at most."""
+    characters: int = 4_000_000
+    """Of text that each ingredient takes from the embedded sources at most; 0: all."""
     fim_rate: float = 0.5
-    """The share of source files that are cut for filling in the middle."""
+    """The share of source files that are cut into pieces with a middle to fill in."""
+    fim_characters: int = 600
+    """Of the longest of these pieces: about 2.5 times the tokens of a sequence."""
+    repository_characters: int = 3000
+    """Of the longest document of a repository, about."""
     documents: int = 1000
     """Of each ingredient that is made of problems."""
     thinking_share: float = 0.5
@@ -47,9 +51,9 @@ class Data:
     """Difficulties of long documents, which decide their length: 3 is 600 characters, each next one twice as many."""
 
     def __post_init__(self) -> None:
-        for key, most in (("fim_rate", 1), ("thinking_share", 1), ("levels", math.inf)):
+        for key, most in (("fim_rate", 1), ("thinking_share", 1), ("levels", math.inf), ("characters", math.inf)):
             _require(0 <= getattr(self, key) <= most, key, getattr(self, key), "0 to 1" if most == 1 else "0 or more")
-        for key in ("megabytes", "documents"):
+        for key in ("fim_characters", "repository_characters", "documents"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
 
 
