@@ -145,10 +145,10 @@ def _judged(command: Eval, label: str, folder: Path, run: Path | None, out: Path
 def _options(command: Eval, folder: Path, run: Path | None) -> dict[str, Any]:
     """Everything that decides the results."""
     from minglm.config import GLMConfig
-    from minglm.evals.suite import WINDOW
+    from minglm.evals.suite import SHORTEST_WINDOW, WINDOW
 
     positions = GLMConfig.from_pretrained(folder).max_position_embeddings
-    window = command.window or min(first_length(run) or WINDOW, positions)
+    window = command.window or min(max(first_length(run) or WINDOW, SHORTEST_WINDOW), positions)
     written = max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
     return {
         "model": str(folder.resolve()),

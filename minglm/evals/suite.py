@@ -28,6 +28,7 @@ from minglm.tokenizer import Tokenizer
 
 CODE, REPOSITORIES = "code", "repositories"  # domains
 LIMIT = 32
+SHORTEST_WINDOW = 32  # tokens
 WINDOW = 512  # tokens of a held-out document that are read at once
 LONGEST_VIEW = 2048  # tokens, half of them of other files
 SHORTEST_NEEDLE, LONGEST_NEEDLE = 128, 2048  # tokens; each length is twice the one before
@@ -176,9 +177,9 @@ def evaluate(
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
         raise EvaluationError(f"families {unknown}: wanted some of {', '.join(FAMILIES)}")
-    if limit < 1 or levels < 1 or (window is not None and not 32 <= window <= positions):
+    if limit < 1 or levels < 1 or (window is not None and not SHORTEST_WINDOW <= window <= positions):
         raise EvaluationError(
-            f"limit = {limit}, levels = {levels}, window = {window}: wanted 1 or more each, a window of 32 to {positions} "
+            f"limit = {limit}, levels = {levels}, window = {window}: wanted 1 or more each, a window of {SHORTEST_WINDOW} to {positions} "
             "tokens, the model's positions"
         )
     parts = parts_of(suite)
