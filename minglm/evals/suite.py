@@ -179,8 +179,8 @@ def evaluate(
         raise EvaluationError(f"families {unknown}: wanted some of {', '.join(FAMILIES)}")
     if limit < 1 or levels < 1 or (window is not None and not SHORTEST_WINDOW <= window <= positions):
         raise EvaluationError(
-            f"limit = {limit}, levels = {levels}, window = {window}: wanted 1 or more each, a window of {SHORTEST_WINDOW} to {positions} "
-            "tokens, the model's positions"
+            f"limit = {limit}, levels = {levels}, window = {window}: wanted 1 or more each, a window of "
+            f"{SHORTEST_WINDOW} to {positions} tokens, the model's positions"
         )
     parts = parts_of(suite)
     if dataset is not None and dataset.manifest["tokenizer"]["fingerprint"] != tokenizer.fingerprint:
