@@ -6,6 +6,7 @@ An attack is a program that prints BROKEN if it got through. It names the claim 
 import json
 import os
 import socket
+import tempfile
 import threading
 import time
 
@@ -206,6 +207,7 @@ for number in (29, 425):  # shmget, io_uring_setup on x86_64
 def test_no_sockets(attack):
     program = """
 import socket
+import tempfile
 stopped(lambda: socket.create_connection(("127.0.0.1", PORT), timeout=1))
 stopped(lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", PORT)))
 stopped(lambda: socket.socket(socket.AF_INET6, socket.SOCK_STREAM))
@@ -255,6 +257,21 @@ stopped(lambda: os.open(".", os.O_TMPFILE | os.O_RDWR) and open("/proc/self/envi
 def test_a_link_left_behind_harms_nothing_when_the_folder_is_removed(attack, tmp_path):
     attack("os.symlink(HOST, 'link'); os.mkdir('deep'); os.symlink(HOST, 'deep/link'); os.chmod('deep', 0)", "files")
     assert (tmp_path / "secret.txt").read_text() == SECRET
+
+
+def test_a_folder_of_any_depth_is_removed(sandbox, attack):
+    before = set(os.listdir(tempfile.gettempdir()))
+    outcome = attack("for _ in range(1200): os.mkdir('d'); os.chdir('d')\nprint('deep')", "files", Limits(cpu=5, wall=20))
+    assert outcome.exit == 0 or "No space" in outcome.stderr  # where the folder has a size of its own
+
+    def left():
+        new = set(os.listdir(tempfile.gettempdir())) - before
+        return len([name for name in new if name.startswith("sandbox-")])
+
+    deadline = time.monotonic() + 20
+    while left() > 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left() <= 1  # of the run that waits ready
 
 
 def test_files_outside_cannot_even_be_seen(attack):
@@ -345,6 +362,15 @@ print("alive")
 """
     outcome = attack(program, "other_processes")
     assert finished(outcome) and "alive" in outcome.stdout
+
+
+def test_files_send_no_signals_to_others(attack):
+    program = """
+import fcntl
+a, b = os.pipe()
+stopped(lambda: fcntl.fcntl(a, 8, CALLER))  # F_SETOWN
+"""
+    assert finished(attack(program, "other_processes"))
 
 
 def test_no_new_namespaces_mounts_or_privileges(attack):

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import selectors
-import shutil
 import signal
 import socket
 import time
@@ -22,15 +21,21 @@ _OUTPUTS = ("stdout", "stderr", "report")
 
 def serve(connection: socket.socket, settings: dict[str, Any]) -> None:
     """Make the walls, wait for a job, see it through, answer. Never returns."""
+    guard = None
     try:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        answer = Guard(connection, settings).work()
+        guard = Guard(connection, settings)
+        answer = guard.work()
     except BaseException as error:
         answer = {"error": f"{type(error).__name__}: {error}"}
     try:
         if answer is not None:
             wire.send(connection, answer)
+        connection.close()
     finally:
+        if guard is not None and guard.folder is not None:
+            # After the answer, for it may take long. And not by shutil, which a tree of a thousand folders defeats.
+            os.execv("/bin/rm", ["rm", "-rf", "--", guard.folder])
         os._exit(0)
 
 
@@ -145,8 +150,6 @@ class Guard:
     def _end(self) -> None:
         self._kill()
         os.waitpid(self.first, 0)
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _answer(self) -> dict[str, Any]:
         if "error" in self.status:

@@ -56,6 +56,8 @@ _PRIORITIES = {
 _PRLIMIT = (302, 261)
 _IOCTL = (16, 29)
 _HARMLESS_IOCTLS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)  # is it a terminal; bytes waiting; blocking; closed at exec
+_FCNTL = (72, 25)
+_OWNERS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: whom the kernel signals about a file
 _FORK = {"fork": (57, -1), "vfork": (58, -1)}
 _QUEUE_SIGNAL = {"rt_sigqueueinfo": (129, 138), "rt_tgsigqueueinfo": (297, 240)}
 _CLONE, _SOCKET_PAIR = (56, 220), (53, 199)
@@ -130,6 +132,8 @@ def _program(forks: bool, own: int | None) -> list[tuple[int, int, int, int]]:
             program += when(numbers, refuse)
         kinds = [step for kind in _HARMLESS_IOCTLS for step in ((_EQUAL, 0, 1, kind), allow)]
         program += when(_IOCTL, (_LOAD, 0, 0, _ARGUMENT + 8), *kinds, refuse)
+        kinds = [step for kind in _OWNERS for step in ((_EQUAL, 0, 1, kind), refuse)]
+        program += when(_FCNTL, (_LOAD, 0, 0, _ARGUMENT + 8), *kinds, allow)
         for numbers in _SIGNAL.values():
             program += when(numbers, (_LOAD, 0, 0, _ARGUMENT), (_EQUAL, 1, 0, own), refuse, allow)
         program += when(_TKILL, refuse)

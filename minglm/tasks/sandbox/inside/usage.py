@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 _TICK = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGESIZE")
+_HAS_CHILDREN = os.path.exists(f"/proc/self/task/{os.getpid()}/children")  # some kernels are built without
 _INTERPRETER = 16 << 20  # bytes of each process that it mostly shares with the others, and that are not counted
 
 
@@ -43,8 +44,19 @@ def _children(pid: int, proc: int | None) -> list[int]:
         threads = []
     finally:
         os.close(folder)
+    if not _HAS_CHILDREN:
+        return [child for child in _all(proc) if _parent(child, proc) == pid]
     texts = [_read(f"{pid}/task/{thread}/children", proc) for thread in threads]
     return [int(child) for text in texts for child in text.split()]
+
+
+def _all(proc: int | None) -> list[int]:
+    return [int(name) for name in os.listdir(proc if proc is not None else "/proc") if name.isdigit()]
+
+
+def _parent(pid: int, proc: int | None) -> int:
+    text = _read(f"{pid}/stat", proc)
+    return int(text[text.rindex(")") + 2 :].split()[1]) if text else 0
 
 
 def _read(path: str, proc: int | None) -> str:
