@@ -262,7 +262,7 @@ def test_a_plan_is_found_exactly_where_the_rules_allow_each_part_of_the_wish():
     found = {True: 0, False: 0}
     for problem in drawn(ShopCounter, 60):
         shop = problem.shop
-        for wish, calls, after in problem.outcomes():
+        for wish, calls, after in problem.outcomes:
             assert (calls is not None) == allowed_by_the_letter(problem, shop, wish), (problem, wish)
             found[calls is not None] += 1
             for call in calls or ():
@@ -283,11 +283,13 @@ def test_two_exchanges_share_the_stock():
 
 def test_right_words_with_one_write_too_many_or_too_few_have_nothing():
     for problem in drawn(ShopCounter, 15):
-        outcomes = problem.outcomes()
+        outcomes = problem.outcomes
         orders = [order.number for order in problem.shop.orders if order.status == "pending"]
 
-        def moves(extra, skip, outcomes=outcomes):
+        def moves(extra, skip, outcomes=outcomes, asks=problem.rules.asks):
             for index, (_, calls, _) in enumerate(outcomes):
+                if asks and calls:
+                    yield Move("", content="sure?")
                 if calls and not (skip and index == len(outcomes) - 1):
                     yield Move("", calls)
                 if extra and index == len(outcomes) - 1:
@@ -301,6 +303,20 @@ def test_right_words_with_one_write_too_many_or_too_few_have_nothing():
             touched = {call.arguments["order"] for _, calls, _ in outcomes for call in calls or ()}
             if number not in touched:
                 assert problem.verify(problem.play(moves(Call("cancel", {"order": number}), False))).reward == 0
+
+
+def test_a_change_before_the_customer_was_asked_has_nothing_where_the_rules_say_ask():
+    seen = 0
+    for problem in drawn(ShopCounter, 60):
+        right = problem.demonstrate(False)
+        asked = [index for index, message in enumerate(right) if message["content"] == "sure?"]
+        assert bool(asked) == (problem.rules.asks and any(calls for _, calls, _ in problem.outcomes))
+        for index in asked:
+            seen += 1
+            assert right[index + 1] == {"role": "user", "content": "Yes."}
+            assert problem.verify([*right[:index], *right[index + 2 :]]).reward == 0
+            assert problem.verify([*right[: index + 2], *right[index:]]).reward == 1  # twice does no harm
+    assert seen > 10
 
 
 @st.composite

@@ -18,7 +18,7 @@ TOOLS = [
     tool("search", "Find pages by words", {"query": "string"}),
     tool("open", "Read a page", {"page": "integer"}),
 ]
-PEOPLE = {1: 4, 2: 4, 3: 5, 4: 6, 5: 7, 6: 9}  # in the encyclopedia, by difficulty
+PEOPLE = {1: 6, 2: 6, 3: 7, 4: 8, 5: 9, 6: 10}  # in the encyclopedia, by difficulty
 HOPS = {1: 1, 2: 2, 3: 3, 4: 3, 5: 4, 6: 5}
 BACKWARDS_FROM = 4  # difficulty
 
@@ -42,7 +42,7 @@ class Search(AgentProblem):
         cls.check_difficulty(difficulty)
         is_backwards = difficulty >= BACKWARDS_FROM and rng.random() < 0.5
         hops = HOPS[difficulty] - (2 if is_backwards else 0)
-        while True:  # one try in some tens fits
+        while True:  # until a draw fits, after some tens at the most in the mean
             encyclopedia = draw_encyclopedia(rng, PEOPLE[difficulty])
             start_name, chain = draw_chain(rng, encyclopedia, hops)
             things = walk(encyclopedia, start_name, chain)

@@ -1,5 +1,6 @@
 """A generated encyclopedia: people, towns, rivers, lakes, firms and books, linked by facts; and its search engine."""
 
+import functools
 import random
 import re
 from dataclasses import dataclass
@@ -49,23 +50,36 @@ class Encyclopedia:
         born = {subject for name, subject, found in self.facts if (name, found) == ("birthplace", birthplace)}
         return tuple(one for name, one, found in self.facts if (name, found) == ("employer", employer) and one in born)
 
+    @functools.cached_property
+    def pages(self) -> tuple[str, ...]:
+        """The text of each page: all facts whose subject has the page."""
+        sentences: dict[str, list[str]] = {title: [] for title in self.order}
+        for name, subject, found in self.facts:
+            sentences[subject].append(RELATIONS[name].sentence.format(subject, found))
+        return tuple(" ".join(sentences[title]) or f"{title} is a lake." for title in self.order)
+
+    @functools.cached_property
+    def words(self) -> tuple[frozenset[str], ...]:
+        return tuple(map(_words, self.pages))
+
     def page(self, number: int) -> str:
-        """The text of a page, counted from 1: all facts whose subject has the page."""
+        """The text of a page, counted from 1."""
         if not 1 <= number <= len(self.order):
             return f"error: there are pages 1 to {len(self.order)}"
-        title = self.order[number - 1]
-        sentences = [RELATIONS[name].sentence.format(subject, found) for name, subject, found in self.facts if subject == title]
-        return " ".join(sentences) or f"{title} is a lake."
+        return self.pages[number - 1]
 
     def search(self, query: str) -> str:
         """The pages with most of the query's words, those in the title before others: "number title" each."""
-        words = set(re.findall(r"[a-z]+", query.lower()))
+        words = _words(query)
         scores = []
-        for number, title in enumerate(self.order, start=1):
-            found = words & set(re.findall(r"[a-z]+", self.page(number).lower()))
-            if found:
+        for number, (title, on_page) in enumerate(zip(self.order, self.words, strict=True), start=1):
+            if found := words & on_page:
                 scores.append((-len(found) - (title.lower() in words), number, title))
         return "; ".join(f"{number} {title}" for _, number, title in sorted(scores)[:SHOWN]) or "nothing found"
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"[a-z]+", text.lower()))
 
 
 def draw_encyclopedia(rng: random.Random, people: int) -> Encyclopedia:

@@ -4,6 +4,7 @@ Measure of difficulty: rules to weigh, then lookups, then wishes. That each prob
 made: by `plan`, which finds the calls or exhausts them, in which case "cannot" is right.
 """
 
+import functools
 import random
 from dataclasses import dataclass
 from typing import Self
@@ -48,7 +49,9 @@ class ShopCounter(AgentProblem):
         writes = WRITES[: min(difficulty, 3)]
         days = rng.choice((7, 10, 14, 20))
         has_gold = difficulty >= 3
-        rules = Rules(days, days + (10 if has_gold else 0), rng.randint(1, 5) if has_gold else 0)
+        rules = Rules(
+            days, days + (10 if has_gold else 0), rng.randint(1, 5) if has_gold else 0, difficulty >= 5 and rng.random() < 0.5
+        )
         customer = rng.choice(CUSTOMERS)
         shop = _draw_shop(rng, customer, count=(1, 2, 2, 3, 4)[difficulty - 1], days=days)
         wishes = _draw_wishes(rng, shop, customer, writes, difficulty)
@@ -67,7 +70,8 @@ class ShopCounter(AgentProblem):
     def start(self) -> "Counter":
         return Counter(self)
 
-    def outcomes(self) -> list[tuple[Wish, tuple[Call, ...] | None, Shop]]:
+    @functools.cached_property
+    def outcomes(self) -> tuple[tuple[Wish, tuple[Call, ...] | None, Shop], ...]:
         """The wishes that will be said, each with the right calls, or None, and the shop after it."""
         found, shop, was_met = [], self.shop, True
         for wish in self.wishes:
@@ -78,11 +82,11 @@ class ShopCounter(AgentProblem):
             for call in calls or ():
                 shop, _ = do(shop, call)
             found.append((wish, calls, shop))
-        return found
+        return tuple(found)
 
     def solve(self) -> Moves:
         shop, knows_name = self.shop, False
-        for wish, calls, after in self.outcomes():
+        for wish, calls, after in self.outcomes:
             if wish.is_vague and not knows_name:
                 yield Move("Whose order? Ask.", content="name?")
                 yield Move(f"The customer is {self.customer}.", [Call("list_orders", {"customer": self.customer})])
@@ -92,8 +96,12 @@ class ShopCounter(AgentProblem):
             verdict = self._weighed(shop, wish)
             if calls is None:
                 yield Move(f"{verdict} Not allowed.", content="cannot")
+            elif self.rules.asks:
+                yield Move(f"{verdict} Allowed. Ask first.", content="sure?")
+                yield Move("The customer is sure.", calls)
             else:
                 yield Move(f"{verdict} Allowed.", calls)
+            if calls is not None:
                 yield Move("All is done.", content="done")
             shop = after
 
@@ -128,27 +136,34 @@ class ShopCounter(AgentProblem):
         return " ".join(said)
 
     def near_miss(self, rng: random.Random) -> list[Message]:
-        """Right until the last wish; there the rules are broken, a wish is refused, or something else is done."""
-        last = len(self.outcomes()) - 1
-        wish, calls, _ = self.outcomes()[last]
+        """Right until the last wish; there a rule is broken, a wish is refused, or something else is done."""
+        *others, (wish, calls, _) = self.outcomes
+        writes = [name for name in self.writes if name != wish.write]
 
         def moves() -> Moves:
-            for _, right, _ in self.outcomes()[:last]:
+            for _, right, _ in others:
                 if right is not None:
+                    yield from self._sure()
                     yield Move("", right)
                 yield Move("", content="cannot" if right is None else "done")
             if calls is None:
                 yield Move("", [self._act(wish.write, wish.orders[0], wish.colour or COLOURS[0], rng)])
-                yield Move("", content="done")
-            elif rng.random() < 0.5:
+            elif rng.random() < 0.3:
                 yield Move("", content="cannot")
+                return
+            elif self.rules.asks and rng.random() < 0.5:
+                yield Move("", calls)  # unasked
             else:
-                others = [name for name in WRITES if name != wish.write and name in self.writes]
-                if others:
-                    yield Move("", [self._act(rng.choice(others), wish.orders[0], rng.choice(COLOURS), rng)])
-                yield Move("", content="done")
+                yield from self._sure()
+                if writes:
+                    yield Move("", [self._act(rng.choice(writes), wish.orders[0], rng.choice(COLOURS), rng)])
+            yield Move("", content="done")
 
         return self.play(moves())
+
+    def _sure(self) -> Moves:
+        if self.rules.asks:
+            yield Move("", content="sure?")
 
     def _act(self, write: str, number: str, colour: str, rng: random.Random) -> Call:
         extra = {"cancel": {}, "take_back": {"refund": rng.choice(REFUNDS)}, "exchange": {"colour": colour}}[write]
@@ -170,11 +185,12 @@ class ShopCounter(AgentProblem):
     @property
     def chance(self) -> float:
         chance = 1.0
-        for _, calls, _ in self.outcomes():
+        for _, calls, _ in self.outcomes:
             chance /= 1 + len(self.writes)
             if calls is not None:
                 values = {"cancel": 1, "take_back": len(REFUNDS), "exchange": len(COLOURS)}[calls[0].name]
-                chance *= 1 / len(self.shop.orders) / values if len(calls) == 1 else 0.0
+                is_possible = len(calls) == 1 and not self.rules.asks
+                chance *= 1 / len(self.shop.orders) / values if is_possible else 0.0
         return chance
 
 
@@ -184,10 +200,15 @@ class Counter(World):
     def __init__(self, problem: ShopCounter):
         super().__init__(problem.tools, turn_limit=4 + 8 * len(problem.wishes))
         self.shop = problem.shop
+        self.rules = problem.rules
         self.customer = problem.customer
-        self.waiting = problem.outcomes()
+        self.waiting = list(problem.outcomes)
+        self.was_asked = False
+        self.unasked: list[str] = []  # writes before the customer was asked
 
     def call(self, call: Call) -> str:
+        if call.name in WRITES and self.rules.asks and not self.was_asked:
+            self.unasked.append(call.name)
         self.shop, result = do(self.shop, call)
         return result
 
@@ -195,12 +216,18 @@ class Counter(World):
         said = word(content)
         if said == "name?":
             return f"{self.customer}."
+        if said == "sure?":
+            self.was_asked = True
+            return "Yes."
         wish, calls, after = self.waiting.pop(0)
         right = "cannot" if calls is None else "done"
         if said != right:
             self.end(f"said {content[:40]!r} to {wish.said!r}; wanted {right!r}")
         elif self.shop != after:
             self.end(f"{wish.said!r}: the orders are not as they should be after it")
+        elif self.unasked:
+            self.end(f"{wish.said!r}: {self.unasked[0]} before the customer was asked")
+        self.was_asked = False
         return self.waiting[0][0].said if self.waiting and not self.done else None
 
 

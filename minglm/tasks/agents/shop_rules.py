@@ -98,11 +98,13 @@ def _write(shop: Shop, call: Call, order: Order) -> tuple[Shop, str]:
 
 
 class Rules(NamedTuple):
-    """What the shop allows. days, gold_days: for taking back. fee: off the refund of those who are not gold."""
+    """What the shop allows. days, gold_days: for taking back. fee: off the refund of those who are not gold.
+    asks: whether the customer has to be asked before a change."""
 
     days: int
     gold_days: int
     fee: int
+    asks: bool = False
 
     def text(self, writes: tuple[str, ...]) -> str:
         """The rules for these tools, a line each."""
@@ -113,6 +115,8 @@ class Rules(NamedTuple):
             lines.append("Refund the price" + (f" less {self.fee} euros (gold members: all)." if self.fee else "."))
         if "exchange" in writes:
             lines.append("Exchange an order only if it was delivered.")
+        if self.asks:
+            lines.append('If a wish can be met, ask "sure?" before you change anything.')
         return "\n".join(lines)
 
     def refund(self, shop: Shop, order: Order) -> int:
