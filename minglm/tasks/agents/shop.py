@@ -49,9 +49,8 @@ class ShopCounter(AgentProblem):
         writes = WRITES[: min(difficulty, 3)]
         days = rng.choice((7, 10, 14, 20))
         has_gold = difficulty >= 3
-        rules = Rules(
-            days, days + (10 if has_gold else 0), rng.randint(1, 5) if has_gold else 0, difficulty >= 5 and rng.random() < 0.5
-        )
+        fee = rng.randint(1, 5) if has_gold else 0
+        rules = Rules(days, days + (10 if has_gold else 0), fee, asks=difficulty >= 5 and rng.random() < 0.5)
         customer = rng.choice(CUSTOMERS)
         shop = _draw_shop(rng, customer, count=(1, 2, 2, 3, 4)[difficulty - 1], days=days)
         wishes = _draw_wishes(rng, shop, customer, writes, difficulty)

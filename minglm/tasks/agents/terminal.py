@@ -37,9 +37,9 @@ class Terminal(AgentProblem):
         chores = CHORES[difficulty]
         while True:
             files, folders = draw_tree(rng, difficulty)
-            chore = rng.choice(chores)(rng, dict(files), folders)
+            chore = rng.choice(chores)(rng, files, folders)
             if chore is not None:
-                return cls(files, folders, chore)
+                return cls(tuple(sorted(files.items())), folders, chore)
 
     @property
     def messages(self) -> list[Message]:

@@ -31,10 +31,10 @@ class Chore:
 
 
 Maker = Callable[[random.Random, Files, tuple[str, ...]], Chore | None]
-"""Draws a chore for the files and folders; None if there is none of its kind for them."""
+"""Draws a chore for the files and folders, to which it may add some; None if there is none of its kind for them."""
 
 
-def draw_tree(rng: random.Random, difficulty: int) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+def draw_tree(rng: random.Random, difficulty: int) -> tuple[Files, tuple[str, ...]]:
     """Files with lines of one word, from two at the top to eight in folders."""
     count = (2, 3, 5, 6, 8)[difficulty - 1]
     folders = ["/" + name for name in rng.sample(FOLDERS, difficulty // 2)]
@@ -43,7 +43,7 @@ def draw_tree(rng: random.Random, difficulty: int) -> tuple[tuple[tuple[str, str
     while len(files) < count:
         path = posixpath.join(rng.choice(["/", "/", *folders]), f"{rng.choice(NAMES)}.{rng.choice(('txt', 'txt', 'log'))}")
         files[path] = "".join(rng.choice(WORDS) + "\n" for _ in range(rng.randint(1, lines)))
-    return tuple(sorted(files.items())), tuple(sorted(folders))
+    return files, tuple(sorted(folders))
 
 
 def _ask(question: str, steps: list[tuple[str, str]], before: tuple[Files, tuple[str, ...]], form: str, answer: str) -> Chore:
@@ -250,10 +250,22 @@ def swap(rng: random.Random, files: Files, folders: tuple[str, ...]) -> Chore | 
     return _change(f"Swap the contents of {a} and {b}.", steps, files | {one: files[two], two: files[one]}, folders)
 
 
+def follow(rng: random.Random, files: Files, folders: tuple[str, ...]) -> Chore | None:
+    new = [path for folder in ("/", *folders) for name in NAMES if (path := posixpath.join(folder, f"{name}.txt")) not in files]
+    way = rng.sample(new, 3)
+    word = rng.choice(WORDS)
+    for path, following in zip(way, [*map(_short, way[1:]), word], strict=True):
+        files[path] = f"{following}\n"
+    names = [_short(path) for path in way]
+    steps = [("Read the first.", f"cat {names[0]}"), *((f"It names {name}.", f"cat {name}") for name in names[1:])]
+    question = f"{names[0]} names a file, and that one another file. Which word is in the last one?"
+    return _ask(question, steps, (files, folders), "word", word)
+
+
 CHORES: dict[int, tuple[Maker, ...]] = {
     1: (read_word, write_word, remove),
     2: (count_lines, rename, move_into),
     3: (which_holds, count_word, append_word, count_named),
     4: (total, last_line, move_all, remove_holding),
-    5: (report, sort_lines, copy_holding, swap),
+    5: (report, sort_lines, copy_holding, swap, follow),
 }
