@@ -1,7 +1,8 @@
 """Long documents: plain filler sentences, and facts at stated depths among them.
 
 The filler holds neither digits nor names of towns, so only the facts answer a question. Facts are very regular
-(`The code of Tavira is 4821.`), so that a small model can find one by copying.
+(`The code of Tavira is 4821.`), so that a small model can find one by copying. The filler is of few sentences in any
+order: what a model cannot foretell in it would drown the little that there is to learn.
 """
 
 import random
@@ -21,13 +22,24 @@ VERBS = "walks sings waits sleeps works turns rests dreams".split()
 PLACES = (
     "near the mill,by the lake,under the bridge,in the garden,on the hill,behind the barn,at the market,along the road"
 ).split(",")
-LONGEST_FILLER = len("The  .") + sum(max(map(len, words)) + 1 for words in (ADJECTIVES, NOUNS, VERBS, PLACES))
+
+
+def _sentences(count: int) -> tuple[str, ...]:
+    rng = random.Random("sentences of filler")
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(VERBS)} {rng.choice(PLACES)}."] = None
+    return tuple(found)
+
+
+FILLER = _sentences(64)
+LONGEST_FILLER = max(map(len, FILLER)) + 1  # with the blank before it
 
 
 def filler(rng: random.Random) -> Iterator[str]:
-    """Endless sentences, each of at most LONGEST_FILLER characters."""
+    """Endless sentences of FILLER."""
     while True:
-        yield f"The {rng.choice(ADJECTIVES)} {rng.choice(NOUNS)} {rng.choice(VERBS)} {rng.choice(PLACES)}."
+        yield rng.choice(FILLER)
 
 
 def passage(rng: random.Random, characters: int, facts: Sequence[tuple[str, float]]) -> str:
