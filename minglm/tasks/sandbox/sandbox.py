@@ -48,7 +48,7 @@ _CHECK = (INSIDE / "check.py").read_text(encoding="utf-8")
 
 
 class Sandbox:
-    """Runs jobs, from any number of threads at a time; at most `parallel` of them really run at once, the others wait.
+    """Runs jobs for any number of threads; at most `parallel` of them run at a time, the others wait for their turn.
 
     Holds processes: close it, or use it in a `with`; they end with this process in any case.
     """
@@ -63,7 +63,8 @@ class Sandbox:
         disk_bytes: int = 32 * MIB,
     ):
         """allow_unsafe: take level "none" where nothing better can be had. parallel: by default two a processor core.
-        warm: runs that wait ready, by default as many as parallel. disk_bytes: of all files of a run together.
+        warm: runs that wait ready (about 6 MB each), by default as many as parallel but at most 16. disk_bytes: of all files
+        of a run together.
 
         Raises SandboxError, with the reasons for each level, if the level (for "auto": any but none) cannot be had here.
         """
@@ -74,7 +75,7 @@ class Sandbox:
                                "pass allow_unsafe=True if you trust it that far")  # fmt: skip
         parallel = parallel or 2 * (os.cpu_count() or 1)
         self._turn = threading.BoundedSemaphore(parallel)
-        self._pool, self.level = _open(level, allow_unsafe, parallel if warm is None else warm, disk_bytes)
+        self._pool, self.level = _open(level, allow_unsafe, min(parallel, 16) if warm is None else warm, disk_bytes)
         self.enforces = ENFORCES[self.level]
 
     def __enter__(self) -> Self:
