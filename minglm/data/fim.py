@@ -23,7 +23,9 @@ SHARE_OF_LINES = 0.5  # of middles that are whole lines
 def fill_in_the_middle(documents: Iterable[Document], rate: float, characters: int = 1200, seed: int = 0) -> Iterator[Document]:
     """Turn the share `rate` of the documents into pieces to fill in, each a document of its own, and leave the others.
 
-    characters: the longest piece. Raises DataError for a rate that is none, too few characters, a document with marks.
+    characters: the longest piece; each document is divided at a length of its own, from a quarter of it.
+
+    Raises DataError for a rate that is none, too few characters, a document with marks.
     """
     if not 0 <= rate <= 1 or characters < SHORTEST:
         raise DataError(f"rate {rate}, characters {characters}: wanted a rate from 0 to 1 and at least {SHORTEST} characters")
@@ -34,7 +36,8 @@ def fill_in_the_middle(documents: Iterable[Document], rate: float, characters: i
         if rng.random() >= rate:
             yield document
             continue
-        for number, piece in enumerate(pieces(document.text, characters), 1):
+        longest = rng.randint(max(SHORTEST, characters // 4), characters)
+        for number, piece in enumerate(pieces(document.text, longest), 1):
             named = replace(document, text=piece, name=f"{document.name}#{number}")
             yield _cut(named, rng) if len(piece) >= SHORTEST else named
 

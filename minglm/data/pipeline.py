@@ -115,12 +115,13 @@ def _documents(
 ) -> list[Document]:
     raw = {kind: [_with_split(d) for d in embedded_documents(*SOURCES[kind])] for kind in _kinds(ingredients)}
     if "prose" in raw:
+        judge = learn(*labelled_passages((document for document in raw["prose"] if document.split == TRAIN), seed))
         raw["prose"] = without_template_pages(_limited(raw["prose"], ingredients["prose"]))
     clean = _clean([document for documents in raw.values() for document in documents], progress)
     made: list[Document] = []
     if "prose" in raw:
         prose = [document for document in clean if document.domain == "prose"]
-        made += sort_by_quality(prose, learn(*labelled_passages(seed)))
+        made += sort_by_quality(prose, judge)
     files = [document for document in clean if document.domain == "code"]
     if "code" in ingredients:
         code = _limited(files, ingredients["code"])

@@ -12,17 +12,19 @@ It judges form, not truth: what it calls best reads like an explanation. The buc
 
 import importlib.metadata
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from minglm.data.fim import pieces
-from minglm.data.sources import DataError, Document, embedded_documents, source_files
+from minglm.data.sources import DataError, Document, source_files
 
 BEST, GOOD, FAIR = BUCKETS = ("prose_best", "prose_good", "prose_fair")
 SHARES = (0.25, 0.35, 0.32)  # of the prose's characters that go to each bucket; the rest, 8%, is dropped
+
+GOOD_SOURCES = ("python_topics", "docstrings/standard_library")
 
 FEATURES = 2**12
 LONGEST_NGRAM = 4  # characters (bytes of UTF-8)
@@ -99,20 +101,16 @@ def sort_by_quality(documents: Sequence[Document], judge: Judge, shares: Sequenc
 # ---- labelled examples
 
 
-def labelled_passages(seed: int = 0) -> tuple[list[str], list[str]]:
-    """Good and bad passages of about 800 characters, at most 1,000 each, drawn by the seed."""
+def labelled_passages(prose: Iterable[Document], seed: int = 0) -> tuple[list[str], list[str]]:
+    """Good passages, those of `prose` from the sources of good text, and bad ones; of about 800 characters, at most 1,000
+    each, drawn by the seed."""
     draw = np.random.Generator(np.random.PCG64(seed))
     found = []
-    for texts in (_good(), _bad()):
+    for texts in ((document.text for document in prose if document.source in GOOD_SOURCES), _bad()):
         passages = [piece for text in texts for piece in pieces(text, PASSAGE) if len(piece) >= PASSAGE // 4]
         chosen = np.sort(draw.permutation(len(passages))[:PASSAGES])
         found.append([passages[index] for index in chosen])
     return found[0], found[1]
-
-
-def _good() -> Iterator[str]:
-    for document in embedded_documents("python_topics", "docstrings/standard_library"):
-        yield document.text
 
 
 def _bad() -> Iterator[str]:

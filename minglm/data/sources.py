@@ -113,6 +113,10 @@ class Corpus:
             content.update(_digest(json.dumps([document.split, document.marks])))
         return cls(lambda: documents, {"documents": len(documents), "sha256": content.hexdigest()})
 
+    def with_splits(self) -> "Corpus":
+        """The same text, each document saying its split: joined with others, a small corpus is still split by position."""
+        return Corpus(lambda: (replace(document, split=split) for split, document in split_documents(self)), self.identity)
+
     def in_memory(self) -> "Corpus":
         """The same corpus, read now and kept: for a corpus that is read more than once and is small."""
         documents = tuple(self)
