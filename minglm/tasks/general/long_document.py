@@ -17,12 +17,12 @@ MOST_CANDIDATES = 10
 DIALS = {
     1: (120, ("needle",), 0),
     2: (300, ("needle",), 1),
-    3: (600, ("needle", "needles"), 2),
-    4: (1_200, ("needle", "needles", "count", "largest"), 3),
-    5: (2_400, ("needle", "needles", "count", "largest", "sum"), 4),
-    6: (4_800, ("needle", "needles", "count", "largest", "sum"), 6),
-    7: (9_600, ("needle", "needles", "count", "largest", "sum"), 9),
-    8: (19_200, ("needle", "needles", "count", "largest", "sum"), 12),
+    3: (600, ("needle", "needles"), 3),
+    4: (1_200, ("needle", "needles", "count", "largest"), 5),
+    5: (2_400, ("needle", "needles", "count", "largest", "sum"), 8),
+    6: (4_800, ("needle", "needles", "count", "largest", "sum"), 12),
+    7: (9_600, ("needle", "needles", "count", "largest", "sum"), 16),
+    8: (19_200, ("needle", "needles", "count", "largest", "sum"), 24),
 }
 
 
