@@ -31,7 +31,7 @@ from minglm.tasks.text import (
 )
 
 # A process of its own judges these answers, so a verdict costs some hundredths of a second.
-RUN_IN_SANDBOX = frozenset(GROUPS["code"])
+RUN_IN_SANDBOX = frozenset({*GROUPS["code"], "repository"})
 # Harder here is subtler, not longer; the family's own tests hold by what measure.
 SUBTLER = frozenset({"style_preference"})
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
