@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from minglm.tasks.agents import FAMILIES
 from minglm.tasks.agents.calling import Call, MalformedCall, call_message, read_calls, tool
 from minglm.tasks.agents.catalogue import CATALOGUE
+from minglm.tasks.agents.chained_calls import ACTIONS, READERS, VALUES, ChainedCalls
 from minglm.tasks.agents.function_calling import FunctionCalling
 from minglm.tasks.agents.search import Search
 from minglm.tasks.agents.shop import ShopCounter
@@ -156,6 +157,7 @@ def test_an_attempt_without_end_is_ended(family):
     names = [one["function"]["name"] for one in problem.tools]
     looks = {
         "get_order": {"order": "A0"},
+        "find_home": {"person": "Anna"},
         "run": {"command": "ls"},
         "search": {"query": "a"},
         "read_file": {"path": "tests.py"},
@@ -236,6 +238,36 @@ def test_what_is_not_given_has_to_be_asked_for_and_what_is_given_not():
             seen.add("none")
             assert problem.verify([says("None of them.")]).reward == 0
     assert seen == {"ask", "call", "none"}
+
+
+# ---- chained_calls
+
+
+def test_a_chain_acts_once_with_what_the_functions_return_one_after_another():
+    for problem in drawn(ChainedCalls, 20):
+        response = problem.demonstrate(False)
+        results = [message["content"] for message in response if message["role"] == "tool"]
+        assert problem.values == [problem.start_value, *results] and len(results) == len(problem.chain)
+        called = [message["tool_calls"][0]["function"] for message in response if message["role"] == "assistant"]
+        for call, value, name in zip(called, problem.values, (*problem.chain, problem.action), strict=True):
+            assert call["name"] == name and list(call["arguments"].values()) == [value]
+
+
+def test_reading_more_than_needed_costs_nothing_and_acting_more_costs_all():
+    for problem in drawn(ChainedCalls, 20):
+        readers = [name for name in problem.functions if name in READERS]
+        more = [Call(name, {READERS[name].takes: VALUES[READERS[name].takes][0]}) for name in readers]
+        others = [name for name in problem.functions if name in ACTIONS and name != problem.action]
+
+        def moves(*last, more=more):
+            yield Move("", more)
+            yield Move("", last)
+
+        assert problem.verify(problem.play(moves(problem.wanted))) == (1.0, ())
+        for name in others:
+            extra = Call(name, {ACTIONS[name].argument: VALUES[ACTIONS[name].takes][0]})
+            assert problem.verify(problem.play(moves(extra, problem.wanted))).reward == 0
+            assert problem.verify(problem.play(moves(problem.wanted, extra))).reward == 0
 
 
 # ---- shop_counter

@@ -1,5 +1,6 @@
 """Problems that are solved with tools, in a world that answers."""
 
+from minglm.tasks.agents.chained_calls import ChainedCalls
 from minglm.tasks.agents.function_calling import FunctionCalling
 from minglm.tasks.agents.repository import Repository
 from minglm.tasks.agents.search import Search
@@ -7,4 +8,4 @@ from minglm.tasks.agents.shop import ShopCounter
 from minglm.tasks.agents.terminal import Terminal
 from minglm.tasks.task import Problem
 
-FAMILIES: tuple[type[Problem], ...] = (FunctionCalling, ShopCounter, Terminal, Search, Repository)
+FAMILIES: tuple[type[Problem], ...] = (FunctionCalling, ChainedCalls, ShopCounter, Terminal, Search, Repository)

@@ -66,10 +66,10 @@ class Repository(AgentProblem):
             hidden = draw_checks(rng, right, right, HIDDEN)
             shown = right
             breaking = [other for other in mutations(right) if any(failure(other, check) for check in visible)]
-            if difficulty < 5:
-                if breaking:
-                    return cls(right, rng.choice(breaking), visible, hidden)
+            if not breaking:
                 continue
+            if difficulty < 5:
+                return cls(right, rng.choice(breaking), visible, hidden)
             # Two bugs in two modules, each of which fails the tests alone; together they must not make up for each other.
             one, two = rng.choice(breaking), rng.choice(breaking)
             shown = tuple(b if b != r else a for a, b, r in zip(one, two, right, strict=True))
