@@ -29,6 +29,7 @@ def run(job: dict[str, Any], box: str, level: str, readable: list[str]) -> None:
     os.closerange(4, 1024)  # until here, what goes wrong is told to the guard
     os.environ.clear()
     os.environ.update({"HOME": box, "TMPDIR": box, "PATH": f"{sys.base_prefix}/bin:/usr/bin:/bin", "LANG": "C.UTF-8"})
+    os.environ.update({"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"})  # for Pythons that it starts
     command = job["command"]
     if isinstance(command, str):
         _run_file(command, box)
