@@ -29,6 +29,7 @@ from minglm.tasks.sandbox import (
 )
 from minglm.tasks.sandbox import sandbox as module
 from minglm.tasks.sandbox.inside import usage
+from minglm.tasks.sandbox.pool import INSIDE
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +167,7 @@ def unavailable(level, *_):
 def test_no_walls_have_limits_and_say_so():
     with Sandbox("none", allow_unsafe=True, warm=0) as unsafe:
         assert unsafe.level == "none" and "network" not in unsafe.enforces
+        assert "network" in unsafe.missing and "does not stop: disk, files" in repr(unsafe)
         assert python(unsafe, "print(1)").stdout == "1\n"
         assert python(unsafe, "while True: pass", limits=Limits(cpu=0.2, wall=30)).killed_by == "cpu"
         left = "import os, time\nif os.fork() == 0:\n    os.setsid()\n    time.sleep(60)"
@@ -182,6 +184,15 @@ def test_a_level_that_breaks_its_claims_is_not_used(monkeypatch):
     monkeypatch.setattr(module, "ENFORCES", {"none": claims})
     with pytest.raises(SandboxError, match="does not keep what it claims.*hidden_files.*network.*processes"):
         Sandbox("none", allow_unsafe=True, warm=0)
+
+
+@pytest.mark.parametrize("release", ["5.13.19-generic", "4.18.0-553.el8", "5.4"])
+def test_kernels_that_count_all_runs_together_are_refused(release):
+    program = f"import sys; sys.path[0:0] = [{str(INSIDE)!r}]; import walls; walls._check_kernel({release!r})"
+    outcome = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert f"Linux {release} found, 5.14 or later needed" in outcome.stderr
+    newer = program.replace(release, "6.18.44-x")
+    assert subprocess.run([sys.executable, "-c", newer]).returncode == 0
 
 
 def test_the_check_does_no_harm_without_walls():

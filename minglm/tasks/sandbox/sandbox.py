@@ -77,6 +77,8 @@ class Sandbox:
         self._turn = threading.BoundedSemaphore(parallel)
         self._pool, self.level = _open(level, allow_unsafe, min(parallel, 16) if warm is None else warm, disk_bytes)
         self.enforces = ENFORCES[self.level]
+        self.missing = ENFORCES["bubblewrap"] - self.enforces
+        """What a stronger level would stop, and this one does not."""
 
     def __enter__(self) -> Self:
         return self
@@ -88,7 +90,8 @@ class Sandbox:
         self._pool.close()
 
     def __repr__(self) -> str:
-        return f"Sandbox(level={self.level!r}, enforces={sorted(self.enforces)})"
+        missing = f"; it does not stop: {', '.join(sorted(self.missing))}" if self.missing else ""
+        return f"<Sandbox of level {self.level}{missing}>"
 
     def run(
         self, files: Mapping[str, str], command: str | Sequence[str], stdin: str = "", limits: Limits | None = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 from typing import Any
@@ -21,11 +22,20 @@ def prepare(settings: dict[str, Any]) -> dict[str, Any]:
     """
     level = settings["level"]
     root = os.getuid() == 0
+    if level in ("bubblewrap", "namespaces"):
+        _check_kernel(os.uname().release)
     settings["readable"] = view.readable(*settings["programs"])
     if level == "namespaces" or (level == "bubblewrap" and root):
         settings["proc"] = os.open("/proc", os.O_PATH | os.O_DIRECTORY)
         _leave_the_machine(settings, root)
     return settings
+
+
+def _check_kernel(release: str) -> None:
+    """Older kernels count the processes of all runs together, so a limit for one would stop others."""
+    version = tuple(int(part) for part in re.findall(r"[0-9]+", release)[:2])
+    if version < (5, 14):
+        raise OSError(f"Linux {release} found, 5.14 or later needed")
 
 
 def _leave_the_machine(settings: dict[str, Any], root: bool) -> None:
