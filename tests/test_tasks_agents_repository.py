@@ -12,6 +12,7 @@ from minglm.tasks.agents.program_draw import draw_program, failure
 from minglm.tasks.agents.programs import evaluate, mutations
 from minglm.tasks.agents.repository import COUNTS, TESTS, Repository, edit_between, run_checks
 from minglm.tasks.agents.world import Move
+from minglm.tasks.sandbox import SandboxError
 
 
 def drawn(each=4, seed=0):
@@ -144,6 +145,31 @@ def test_another_way_to_write_the_right_function_is_right():
     name = module.functions[0].name
     text = right.replace(f"def {name}(", "def first(") + f"\n\n{name} = lambda *numbers: first(*numbers)\n"
     assert problem.verify(edits(problem, whole(problem, module.path, text))) == (1.0, ())
+
+
+def test_demonstrations_need_no_sandbox(monkeypatch):
+    """So corpora can be made where there is none; all other states of the files are run."""
+
+    def refuse(*_, **__):
+        raise SandboxError("there is none")
+
+    monkeypatch.setattr("minglm.tasks.agents.repository.run_function_tests", refuse)
+    for problem in drawn(2, seed=5):
+        assert problem.verify(problem.demonstrate(True)) == (1.0, ())
+        with pytest.raises(SandboxError):
+            problem.verify(edits(problem, whole(problem, problem.shown[0].path, "pass\n")))
+
+
+def test_what_the_tests_say_of_an_error_is_the_same_in_every_run():
+    problem = drawn(1)[0]
+    path, name = problem.shown[0].path, problem.visible[0].function
+    for number, body in enumerate(["raise ValueError(object())", "import os; raise OSError(os.getcwd() + '/x/y')"]):
+        runs = []
+        for spaces in ("", " "):  # other text, so another run
+            episode = problem.start()
+            episode.files[path] = f"def {name}(a, b):\n    {body}{spaces}\n"
+            runs.append(episode.call(Call("run_tests", {})))
+        assert runs[0] == runs[1] and ("object object at 0x>" in runs[0], "OSError: y," in runs[0])[number]
 
 
 def test_tests_are_run_so_often_and_no_more():

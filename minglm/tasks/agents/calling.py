@@ -1,7 +1,7 @@
 """Tools and calls of them: declared in OpenAI's format, read strictly.
 
 A call is malformed if its arguments are not JSON, if there is no such tool, or if the tool's schema does not allow the
-arguments. In the report (section 3.2.2, process action format penalty) that ends the attempt with reward zero, and so it
+arguments. In the report (section 3.3, process action format penalty) that ends the attempt with reward zero, and so it
 does here: `read_calls` raises, and the world (minglm/tasks/agents/world.py) ends.
 """
 

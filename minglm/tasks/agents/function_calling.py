@@ -15,7 +15,7 @@ from minglm.tasks.agents.catalogue import CATALOGUE
 from minglm.tasks.agents.world import AgentProblem, Move, Moves, World, word
 from minglm.tasks.task import Message
 
-RULE = ' If no function fits, answer "none". If a value is not given, ask for it by its name: "name?".'
+RULE = ' If no function fits, answer "none". If a value is not given, answer with its name and "?".'
 NONE = "none"
 KINDS = ("call", "none", "ask")
 
@@ -23,8 +23,8 @@ KINDS = ("call", "none", "ask")
 @dataclass(frozen=True)
 class FunctionCalling(AgentProblem):
     """functions: names of those offered. calls: name and arguments of what is wanted, none of them if nothing fits.
-    missing: of the first call, the argument that the user does not give at first. kinds: of answers, as the question
-    tells them."""
+    missing: of the first call, the argument that the user does not give at first. has_rule: whether the question says
+    that there are other answers than calls."""
 
     functions: tuple[str, ...]
     calls: tuple[tuple[str, tuple[tuple[str, str | int], ...]], ...]
