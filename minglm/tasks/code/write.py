@@ -57,7 +57,7 @@ class WriteFunction(OnLists):
     """Difficulty is the number of steps."""
 
     family = "write_function"
-    stands_for = "Code in pre-training and code reinforcement learning (sections 2.2, 3.3); HumanEval, MBPP, LiveCodeBench."
+    stands_for = "Code in pre-training and code reinforcement learning (sections 2.2, 3.2); HumanEval, MBPP, LiveCodeBench."
     difficulties = range(1, 6)
 
     @classmethod
