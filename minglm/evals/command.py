@@ -27,7 +27,7 @@ class Eval:
     """Run folders (each stage of the run is a column) and folders of models: ours or published, with their tokenizer."""
     suite: str = "base"
     """base, chat or all; or parts: bits, completion, fim, names, needle, likelihood, families, chat, joined by commas."""
-    limit: int = 32
+    limit: int = 16
     """Problems of each family and mode; the other parts ask in proportion."""
     seed: int = 0
     """Which problems and documents."""

@@ -1,6 +1,6 @@
 """The suites: which parts of the evaluation are asked of a model, and all of them in one call.
 
-    results = evaluate(model, tokenizer, dataset, suite="base", limit=32)
+    results = evaluate(model, tokenizer, dataset, suite="base")
     print(table({"this model": results}))
 
 Problems and documents depend on `seed` and `limit` alone, so that two models are asked the same. The RoPE base and the
@@ -27,7 +27,7 @@ from minglm.tasks import FAMILIES
 from minglm.tokenizer import Tokenizer
 
 CODE, REPOSITORIES = "code", "repositories"  # domains
-LIMIT = 32
+LIMIT = 16
 SHORTEST_WINDOW = 32  # tokens
 WINDOW = 512  # tokens of a held-out document that are read at once
 LONGEST_VIEW = 2048  # tokens, half of them of other files
