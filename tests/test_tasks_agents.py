@@ -285,9 +285,22 @@ def allowed_by_the_letter(problem, shop, wish):
             fits = order.status == "delivered" and order.days <= limit
         else:
             fits = order.status == "delivered" and (order.item, wish.colour, 0) not in shop.stock
-        if not fits:
+        if not fits or (problem.rules.customer and order.customer != problem.customer):
             return False
     return True
+
+
+def test_orders_of_others_are_left_alone_where_the_rules_say_so():
+    strange = [
+        problem
+        for problem in drawn(ShopCounter, 60)
+        if problem.rules.customer and problem.shop.find(problem.wishes[0].orders[0]).customer != problem.customer
+    ]
+    assert len(strange) > 10
+    for problem in strange:
+        assert problem.outcomes[0][1] is None
+        contents = [message["content"] for message in problem.demonstrate(False)]
+        assert contents[:2] == ["name?", f"{problem.customer}."] and "cannot" in contents
 
 
 def test_a_plan_is_found_exactly_where_the_rules_allow_each_part_of_the_wish():

@@ -50,8 +50,9 @@ class ShopCounter(AgentProblem):
         days = rng.choice((7, 10, 14, 20))
         has_gold = difficulty >= 3
         fee = rng.randint(1, 5) if has_gold else 0
-        rules = Rules(days, days + (10 if has_gold else 0), fee, asks=difficulty >= 5 and rng.random() < 0.5)
         customer = rng.choice(CUSTOMERS)
+        asks = difficulty >= 5 and rng.random() < 0.5
+        rules = Rules(days, days + (10 if has_gold else 0), fee, asks, customer if difficulty >= 4 else "")
         shop = _draw_shop(rng, customer, count=(1, 2, 2, 3, 4)[difficulty - 1], days=days)
         wishes = _draw_wishes(rng, shop, customer, writes, difficulty)
         return cls(shop, rules, customer, wishes, LOOKUPS[difficulty - 1], writes)
@@ -84,13 +85,18 @@ class ShopCounter(AgentProblem):
         return tuple(found)
 
     def solve(self) -> Moves:
-        shop, knows_name = self.shop, False
+        shop, known, has_list = self.shop, "", False
+        if self.rules.customer:
+            yield Move("Who is it? Ask.", content="name?")
+            known = f"The customer is {self.customer}. "
         for wish, calls, after in self.outcomes:
-            if wish.is_vague and not knows_name:
-                yield Move("Whose order? Ask.", content="name?")
-                yield Move(f"The customer is {self.customer}.", [Call("list_orders", {"customer": self.customer})])
-                knows_name = True
-            yield Move(f"Look up {', '.join(wish.orders)}.", [Call("get_order", {"order": number}) for number in wish.orders])
+            if wish.is_vague and not has_list:
+                yield Move(f"{known}Find the order.", [Call("list_orders", {"customer": self.customer})])
+                known, has_list = "", True
+            yield Move(
+                f"{known}Look up {', '.join(wish.orders)}.", [Call("get_order", {"order": number}) for number in wish.orders]
+            )
+            known = ""
             yield from self._look_further(shop, wish)
             verdict = self._weighed(shop, wish)
             if calls is None:
@@ -107,7 +113,7 @@ class ShopCounter(AgentProblem):
     def _look_further(self, shop: Shop, wish: Wish) -> Moves:
         """What the order does not say: whether its customer is gold, what is in stock."""
         orders = [order for number in wish.orders if (order := shop.find(number))]
-        if any(order.status != "delivered" for order in orders):
+        if any(order.status != "delivered" or self._is_strange(order) for order in orders):
             return
         if wish.write == "take_back" and "get_customer" in self.lookups:
             customer = orders[0].customer
@@ -116,12 +122,17 @@ class ShopCounter(AgentProblem):
             for item in sorted({order.item for order in orders}):
                 yield Move(f"Is a {wish.colour} {item} in stock?", [Call("get_stock", {"item": item})])
 
+    def _is_strange(self, order: Order) -> bool:
+        return self.rules.customer not in ("", order.customer)
+
     def _weighed(self, shop: Shop, wish: Wish) -> str:
         """The reasons, a sentence an order: the rule that decides."""
         said = []
         for order in filter(None, map(shop.find, wish.orders)):
             text = f"{order.number} is {order.status}."
-            if order.status == "delivered" and wish.write == "take_back":
+            if self._is_strange(order):
+                text = f"{order.number} is of {order.customer}, not of {self.customer}."
+            elif order.status == "delivered" and wish.write == "take_back":
                 is_gold = order.customer in shop.gold
                 limit = self.rules.gold_days if is_gold else self.rules.days
                 sign = "more" if order.days > limit else "not more"
@@ -256,12 +267,14 @@ def _draw_shop(rng: random.Random, customer: str, count: int, days: int) -> Shop
 
 
 def _draw_wishes(rng: random.Random, shop: Shop, customer: str, writes: tuple[str, ...], difficulty: int) -> tuple[Wish, ...]:
-    """One wish; at the highest difficulty two or three: for other orders, or where the first cannot be met."""
+    """One wish; at the highest difficulty up to three: for other orders, or where the first cannot be met. Where only the
+    customer's own orders may be changed, numbers are now and then those of others."""
     orders = [order for order in shop.orders if order.customer == customer]
-    is_vague = difficulty >= 4 and rng.random() < 0.7
+    is_vague = difficulty >= 4 and rng.random() < 0.6
+    asked_for = list(shop.orders) if difficulty >= 4 and not is_vague and rng.random() < 0.5 else orders
     if difficulty < 5:
-        return (_wish(rng, rng.choice(writes), [rng.choice(orders)], "Please {}.", is_vague),)
-    some = rng.sample(orders, rng.choice((1, 1, 2)))
+        return (_wish(rng, rng.choice(writes), [rng.choice(asked_for)], "Please {}.", is_vague),)
+    some = rng.sample(asked_for, rng.choice((1, 1, 2)))
     write = rng.choice(writes)
     wishes = [_wish(rng, write, some, "Please {}.", is_vague)]
     if rng.random() < 0.6:

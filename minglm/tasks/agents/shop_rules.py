@@ -99,12 +99,13 @@ def _write(shop: Shop, call: Call, order: Order) -> tuple[Shop, str]:
 
 class Rules(NamedTuple):
     """What the shop allows. days, gold_days: for taking back. fee: off the refund of those who are not gold.
-    asks: whether the customer has to be asked before a change."""
+    asks: whether the customer has to be asked before a change. customer: whose orders alone may be changed, if not all."""
 
     days: int
     gold_days: int
     fee: int
     asks: bool = False
+    customer: str = ""
 
     def text(self, writes: tuple[str, ...]) -> str:
         """The rules for these tools, a line each."""
@@ -115,6 +116,8 @@ class Rules(NamedTuple):
             lines.append("Refund the price" + (f" less {self.fee} euros (gold members: all)." if self.fee else "."))
         if "exchange" in writes:
             lines.append("Exchange an order only if it was delivered.")
+        if self.customer:
+            lines.append("Change only orders of the customer who asks.")
         if self.asks:
             lines.append('If a wish can be met, ask "sure?" before you change anything.')
         return "\n".join(lines)
@@ -127,6 +130,8 @@ class Rules(NamedTuple):
         order = shop.find(call.arguments["order"])
         if order is None:
             return "there is no such order"
+        if self.customer not in ("", order.customer):
+            return f"{order.number} is not of {self.customer}"
         if call.name == "cancel":
             return "" if order.status == "pending" else f"{order.number} is not pending"
         if order.status != "delivered":
