@@ -271,7 +271,7 @@ def _draw_wishes(rng: random.Random, shop: Shop, customer: str, writes: tuple[st
     customer's own orders may be changed, numbers are now and then those of others."""
     orders = [order for order in shop.orders if order.customer == customer]
     is_vague = difficulty >= 4 and rng.random() < 0.6
-    asked_for = list(shop.orders) if difficulty >= 4 and not is_vague and rng.random() < 0.5 else orders
+    asked_for = list(shop.orders) if difficulty >= 4 and not is_vague and rng.random() < 0.8 else orders
     if difficulty < 5:
         return (_wish(rng, rng.choice(writes), [rng.choice(asked_for)], "Please {}.", is_vague),)
     some = rng.sample(asked_for, rng.choice((1, 1, 2)))
