@@ -12,6 +12,7 @@ ways. The answer is the better that has more of its marks in the first way:
 Length tells nothing: the two ways have the same number of characters and of words, so both answers of a pair do.
 """
 
+import math
 import random
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
@@ -86,10 +87,7 @@ class StylePreference(Problem):
         cls.check_difficulty(difficulty)
         count, margin = DIALS[difficulty]
         marks = marks_of(count)
-        while True:
-            better, worse = (tuple(rng.random() < 0.5 for _ in marks) for _ in range(2))
-            if sum(better) - sum(worse) == margin:
-                break
+        better, worse = _ways(rng, len(marks), margin)
         variants = tuple(rng.randrange(len(MARKS[mark])) for mark in marks)
         problem = cls(tuple(rng.sample(THINGS, count)), rng.choice(TOWNS), variants, better, worse)
         # The pair settles which one stands first: else the same pair turned round could be in the other split.
@@ -163,6 +161,14 @@ class StylePreference(Problem):
     @property
     def chance(self) -> float:
         return 0.5
+
+
+def _ways(rng: random.Random, marks: int, margin: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """For a better answer and a worse one, which marks are in the first way: every two with this margin equally likely."""
+    goods = range(marks - margin + 1)  # of the worse one
+    [good] = rng.choices(goods, [math.comb(marks, good) * math.comb(marks, good + margin) for good in goods])
+    better, worse = (set(rng.sample(range(marks), count)) for count in (good + margin, good))
+    return tuple(mark in better for mark in range(marks)), tuple(mark in worse for mark in range(marks))
 
 
 def marks_of(things: int) -> list[str]:
