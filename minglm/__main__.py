@@ -65,11 +65,27 @@ class Train:
 
 @dataclass(frozen=True)
 class Ablate:
-    """Does it help? Every combination of some values of a recipe, over several seeds, with 95% intervals and curves."""
+    """Does it help? Every combination of some values of a recipe, over several seeds, with 95% intervals and curves.
+
+    With --stages, instead: does each stage earn its keep? Against the same number of tokens of the stage before it, without
+    the change of RoPE's base, and without filling in the middle; judged as `eval` does.
+    """
 
     recipe_file: Annotated[Positional[str], arg(metavar="RECIPE")]
     vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """table.key=value,value,... as in the recipe; may be given several times."""
+    stages: bool = False
+    """The arms of the recipe's stages, not variations."""
+    only: tuple[str, ...] = ()
+    """With --stages: only these stages (by default all)."""
+    arms: tuple[Literal["control", "rope", "fim"], ...] = ("control", "rope", "fim")
+    """With --stages: which arms."""
+    suite: str = "bits,completion,fim,names,needle,likelihood"
+    """With --stages: what they are judged by, as in eval."""
+    limit: int = 32
+    """With --stages: problems of each kind, as in eval."""
+    scale: float = 1.0
+    """A longer or shorter recipe: training.scale."""
     seeds: tuple[int, ...] = (1, 2, 3)
     workers: int = 1
     """Runs at a time, on equal shares of the cores."""
@@ -290,12 +306,43 @@ to try next:
 
 
 def run_ablate(command: Ablate) -> int:
-    from minglm.train.ablation import ablate, report
+    from minglm.train.ablation import ablate, report, with_value
 
+    recipe = load_recipe(command.recipe_file)
+    recipe = with_value(recipe, "training.scale", command.scale * recipe.training.scale)
+    if command.stages:
+        return _ablate_stages(command, recipe)
     folder = command.run_folder or Path("runs", f"ablate-{Path(command.recipe_file).stem}")
     print(f"ablate: {command.recipe_file} with {len(command.seeds)} seeds; everything is written to {folder}\n")
-    results = ablate(load_recipe(command.recipe_file), command.vary, command.seeds, folder, command.workers)
+    results = ablate(recipe, command.vary, command.seeds, folder, command.workers)
     print(f"\n{report(results)}\n\nmade: {folder / 'results.json'}, {folder / 'curves.png'}, and a run folder of each run")
+    return 0
+
+
+def _ablate_stages(command: Ablate, recipe: Recipe) -> int:
+    from minglm.train.stage_ablation import ablate_stages
+
+    if command.vary:
+        raise ConfigError("ablate: found --vary and --stages; wanted one of them")
+    folder = command.run_folder or Path("runs", f"ablate-stages-{Path(command.recipe_file).stem}")
+    print(f"ablate: the stages of {command.recipe_file}, {len(command.seeds)} seeds; everything is written to {folder}\n")
+
+    def judge(checkpoint: Path, data: Path) -> dict[str, float]:
+        from minglm.checkpoint import load_model
+        from minglm.data.shards import open_dataset
+        from minglm.evals.suite import evaluate
+        from minglm.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_pretrained(checkpoint)
+        dataset, model = open_dataset(data / "tokens", tokenizer), load_model(checkpoint).eval()
+        window = recipe.plan().stages[0].sequence_length
+        found = evaluate(model, tokenizer, dataset, command.suite, command.limit, window=window, progress=True)
+        arrows = {True: "↓", False: "↑"}
+        return {f"{'/'.join(m.key[:2])}: {m.quantity} {arrows[m.lower_is_better]}": m.estimate.value for m in found.measures}
+
+    judged_by = f"suite {command.suite}, limit {command.limit}"
+    text = ablate_stages(recipe, command.seeds, folder, judge, judged_by, command.arms, command.only, command.workers)
+    print(f"\n{text}\nmade: {folder / 'stages.md'}, {folder / 'stages.json'}, and a run folder of each run")
     return 0
 
 

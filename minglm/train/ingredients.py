@@ -8,9 +8,13 @@
 | reasoning, code_tasks, agents, general, long_documents | the same | problems of the task world, with solutions |
 """
 
+import functools
 import itertools
+import re
+from collections.abc import Sequence
 
 from minglm.config import ConfigError
+from minglm.data.hugging_face import hugging_face_corpus
 from minglm.data.pipeline import INGREDIENTS, stage_corpus
 from minglm.data.sources import Corpus, default_documents, documents_from_path, embedded_documents
 from minglm.tasks import FAMILIES, GROUPS
@@ -25,29 +29,52 @@ def families_of(ingredient: str) -> tuple[str, ...]:
     return own + tuple(family for group in groups for family in GROUPS[group] if family not in DOMAINS_OF_FAMILIES)
 
 
-def text_of(data: Data) -> Corpus:
-    """The recipe's own text, or the sources that it names, or the default ones: domains prose and code."""
-    if data.path:
-        return documents_from_path(data.path)
-    return embedded_documents(*data.sources) if data.sources else default_documents()
-
-
 def corpus_of(data: Data) -> Corpus:
-    """All documents of the ingredients, and of path or sources, where they are named.
+    """All documents that the recipe asks for: of path or sources, ingredients, datasets; the default sources if of none.
 
-    Raises `ConfigError` for a name that is none.
+    What is embedded or made is kept once it has been read: tokenizer and shards share one reading, and a run that goes on
+    needs none. Own text and datasets, which may be large, are streamed. Raises `ConfigError` for a name that is none.
     """
     problems = (*DOMAINS.values(), *DOMAINS_OF_FAMILIES.values())
     for name in data.ingredients:
         if name not in (*INGREDIENTS, *problems):
             raise ConfigError(f"data.ingredients: {name!r} is none; wanted some of {', '.join((*INGREDIENTS, *problems))}")
-    corpora = [text_of(data)] if data.path or data.sources else []
+    kept: list[Corpus] = []
     text = {name: data.characters for name in data.ingredients if name in INGREDIENTS}
     if text:
-        corpora.append(stage_corpus(text, data.fim_rate, data.fim_characters, data.repository_characters))
-    corpora += [_problems(name, data) for name in data.ingredients if name in problems]
+        kept.append(stage_corpus(text, data.fim_rate, data.fim_characters, data.repository_characters))
+    kept += [_problems(name, data) for name in data.ingredients if name in problems]
+    if data.sources and not data.path:
+        kept.append(embedded_documents(*data.sources))
+    streamed = [_dataset(domain, where) for domain, where in data.datasets.items()]
+    if data.path:
+        streamed.append(documents_from_path(data.path))
+    if not kept and not streamed:
+        kept.append(default_documents())
+    return _joined([*map(_read_once, kept), *streamed])
+
+
+def _joined(corpora: Sequence[Corpus]) -> Corpus:
+    if len(corpora) == 1:
+        return corpora[0]
     identity = {"ingredients": [corpus.identity for corpus in corpora]}
     return Corpus(lambda: itertools.chain.from_iterable(corpora), identity)
+
+
+def _read_once(corpus: Corpus) -> Corpus:
+    return Corpus(functools.cache(lambda: tuple(corpus)), corpus.identity)
+
+
+def _dataset(domain: str, where: str) -> Corpus:
+    """As in "owner/name:configuration@revision#column"."""
+    found = re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)(?::([^@#]+))?(?:@([^#]+))?(?:#(.+))?", where)
+    if not found:
+        raise ConfigError(
+            f"data.datasets.{domain} = {where!r}: wanted the name of a dataset, such as "
+            "'HuggingFaceFW/fineweb-edu:sample-10BT'; fill it in, or leave the domain out of datasets and mixtures"
+        )
+    path, name, revision, column = found.groups()
+    return hugging_face_corpus(path, name, column=column or "text", domain=domain, revision=revision)
 
 
 def _problems(ingredient: str, data: Data) -> Corpus:

@@ -1,6 +1,5 @@
 """What must exist before the first step: a tokenizer, and data and prompts as tokens."""
 
-import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -8,9 +7,9 @@ from pathlib import Path
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset, prepare
-from minglm.data.sources import TRAIN, Corpus, DataError, documents_from_path, split_documents
+from minglm.data.sources import TRAIN, Corpus, DataError, split_documents
 from minglm.tokenizer import Tokenizer, train_tokenizer
-from minglm.train.ingredients import corpus_of, text_of
+from minglm.train.ingredients import corpus_of
 from minglm.train.recipe import Recipe
 
 TRAINED_FROM = "trained_from.json"
@@ -28,7 +27,7 @@ def prepare_data(recipe: Recipe, run_folder: Path) -> tuple[Tokenizer, Dataset]:
     from something else, and whatever `minglm.data` and `minglm.tokenizer` have to say about unfit files.
     """
     folder = recipe.data.folder or run_folder / "data"
-    corpus = _read_corpus(recipe)
+    corpus = corpus_of(recipe.data)
     tokenizer = _get_tokenizer(recipe, corpus, folder / "tokenizer")
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise VocabularyError(
@@ -36,18 +35,6 @@ def prepare_data(recipe: Recipe, run_folder: Path) -> tuple[Tokenizer, Dataset]:
             f"least as many (--model.vocab-size {tokenizer.vocab_size}), or another tokenizer"
         )
     return tokenizer, prepare(corpus, tokenizer, folder / "tokens")
-
-
-def _read_corpus(recipe: Recipe) -> Corpus:
-    data = recipe.data
-    if data.ingredients:
-        return _read_once(corpus_of(data))
-    return documents_from_path(data.path) if data.path else _read_once(text_of(data))
-
-
-def _read_once(corpus: Corpus) -> Corpus:
-    """Small, and slow to read: the tokenizer and the shards share one reading, and a run that goes on needs none."""
-    return Corpus(functools.cache(lambda: tuple(corpus)), corpus.identity)
 
 
 def _get_tokenizer(recipe: Recipe, corpus: Corpus, folder: Path) -> Tokenizer:

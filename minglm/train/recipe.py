@@ -33,6 +33,9 @@ class Data:
     """Where the tokenizer and the tokens are kept, for several runs to share; by default in the run folder."""
     ingredients: tuple[str, ...] = ()
     """What fills the domains that stages mix, beside sources or path, where they are named; see minglm.train.ingredients."""
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    """Domain -> a dataset of the Hugging Face Hub that fills it, streamed: "owner/name:configuration@revision#column", of
+    which only the name must be given (column: text); needs the package datasets."""
     characters: int = 4_000_000
     """Of text that each ingredient takes from the embedded sources at most; 0: all."""
     fim_rate: float = 0.5
