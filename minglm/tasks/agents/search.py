@@ -1,8 +1,8 @@
-"""Search: a question whose answer stands on no page alone; from page to page, each names the next thing to look for.
+"""Search: from page to page of an encyclopedia, each of which names the next thing to look for.
 
-Forwards, "the river of the birthplace of the founder of Kanotex"; at the highest difficulties also backwards, as
-BrowseComp asks: "which person was born in ... and works for ...", where pages have to be compared. Measure of difficulty:
-pages to read (hops), and the size of the encyclopedia.
+Forwards, "the river of the birthplace of the founder of Kanotex", which from the second difficulty on stands on no page
+alone; at the highest also backwards, as BrowseComp asks, from what is true of somebody to the name: "who was born in the
+seat of Kanotex and works for Midotex". Measure of difficulty: pages to read (hops), and the size of the encyclopedia.
 """
 
 import random
@@ -42,7 +42,7 @@ class Search(AgentProblem):
         cls.check_difficulty(difficulty)
         is_backwards = difficulty >= BACKWARDS_FROM and rng.random() < 0.5
         hops = HOPS[difficulty] - (2 if is_backwards else 0)
-        while True:  # until a draw fits, after some tens at the most in the mean
+        while True:  # until a draw fits: no thing twice on the way, one person only
             encyclopedia = draw_encyclopedia(rng, PEOPLE[difficulty])
             start_name, chain = draw_chain(rng, encyclopedia, hops)
             things = walk(encyclopedia, start_name, chain)
