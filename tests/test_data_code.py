@@ -113,7 +113,7 @@ PACKAGE = {
     "shop": '"""A shop."""\n',
     "broken": "def f(:\n",
 }
-FILES = {name: File(name, text) for name, text in PACKAGE.items()}
+FILES = {name: File(name, text, is_package=name == "shop") for name, text in PACKAGE.items()}
 
 
 def test_used_names_are_found_through_every_form_of_import():
@@ -121,6 +121,7 @@ def test_used_names_are_found_through_every_form_of_import():
     assert used_names(FILES["shop.stock"], FILES) == {"shop.money": ["Coin"]}
     absolute = File("shop.x", "import shop.money as m\nfrom .money import *\n\nm.price(m.nothing)\n")
     assert used_names(absolute, FILES) == {"shop.money": ["price"]}
+    assert used_names(File("shop", "from .stock import take\n", is_package=True), FILES) == {"shop.stock": ["take"]}
     assert used_names(FILES["broken"], FILES) == {}
 
 

@@ -35,14 +35,15 @@ FEWEST_CHARACTERS = 300  # of a document
 
 @dataclass(frozen=True)
 class File:
-    """One source file of a repository; `module` is its dotted name."""
+    """One source file of a repository; `module` is its dotted name, or that of the package whose `__init__` it is."""
 
     module: str
     text: str
+    is_package: bool = False
 
     @property
     def path(self) -> str:
-        return self.module.replace(".", "/") + ".py"
+        return self.module.replace(".", "/") + ("/__init__.py" if self.is_package else ".py")
 
     @cached_property
     def statements(self) -> list[tuple[ast.stmt, str]]:
@@ -87,7 +88,8 @@ def repository_documents(files: Iterable[Document], characters: int = 6000, seed
     for document in files:
         repositories[document.source, split_of(document)].append(document)
     for (source, split), documents in repositories.items():
-        modules = {document.name: File(document.name, document.text) for document in documents}
+        packages = {document.name.rpartition(".")[0] for document in documents}
+        modules = {d.name: File(d.name, d.text, is_package=d.name in packages) for d in documents}
         groups = {document.name: document.group for document in documents}
         uses = {name: used_names(file, modules) for name, file in modules.items()}
         for module in imports_first(uses):
@@ -108,7 +110,7 @@ def used_names(file: File, modules: Mapping[str, File]) -> dict[str, list[str]]:
         if isinstance(node, ast.Import):
             local |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in modules}
         elif isinstance(node, ast.ImportFrom):
-            origin = _absolute(node, file.module, modules)
+            origin = _absolute(node, file)
             for alias in node.names:
                 if alias.name in getattr(modules.get(origin), "definitions", ()):
                     found[origin][alias.name] = None
@@ -124,14 +126,12 @@ def used_names(file: File, modules: Mapping[str, File]) -> dict[str, list[str]]:
     return {module: list(names) for module, names in found.items()}
 
 
-def _absolute(node: ast.ImportFrom, module: str, modules: Mapping[str, File]) -> str:
+def _absolute(node: ast.ImportFrom, file: File) -> str:
     """The dotted name of the module of `from ... import`, relative ones resolved."""
     if not node.level:
         return node.module or ""
-    is_package = any(name.startswith(module + ".") for name in modules)
-    parts = module.split(".")
-    up = node.level - is_package
-    parts = parts[: len(parts) - up] if up else parts
+    parts = file.module.split(".")
+    parts = parts[: len(parts) - node.level + file.is_package]
     return ".".join([*parts, *([node.module] if node.module else [])])
 
 
