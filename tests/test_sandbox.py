@@ -115,6 +115,32 @@ def test_input_that_nobody_reads_does_no_harm(sandbox):
     assert python(sandbox, "print(1)", stdin="x" * 1_000_000).stdout == "1\n"
 
 
+EVERYDAY = {
+    "open('/dev/null', 'w').write('x'); print(len(open('/dev/urandom', 'rb').read(4)))": "4",
+    "import tempfile\nwith tempfile.TemporaryDirectory() as d: print(len(tempfile.NamedTemporaryFile(dir=d).name) > 9)": "True",
+    "import asyncio\nasync def main(): await asyncio.sleep(0.01); return 5\nprint(asyncio.run(main()))": "5",
+    "from concurrent.futures import ThreadPoolExecutor as T\nprint(list(T(3).map(abs, [-1, 2])))": "[1, 2]",
+    "import sqlite3; c = sqlite3.connect('x.db'); print(c.execute('select 3').fetchone())": "(3,)",
+    "import os; os.makedirs('a/b'); os.rename('a/b', 'c'); open('c/d', 'w').write('1'); print(open('c/d').read())": "1",
+    "import decimal, hashlib, unittest, xml.etree.ElementTree, zlib; print(hashlib.md5(b'').hexdigest()[:4])": "d41d",
+}
+
+
+@pytest.mark.parametrize("level", [level for level in ENFORCES if level != "none"])
+def test_what_programs_do_every_day_works_at_every_level(level):
+    try:
+        opened = Sandbox(level, warm=1)
+    except SandboxError as error:
+        pytest.skip(f"not on this machine: {error}")
+    with opened:
+        for program, printed in EVERYDAY.items():
+            outcome = python(opened, program)
+            assert (outcome.stdout.strip(), outcome.stderr) == (printed, ""), program
+        if level != "landlock":  # which has one process
+            program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'print(3)'], stdin=subprocess.DEVNULL)"
+            assert python(opened, program).stdout == "3\n"
+
+
 # ---- refusals
 
 

@@ -11,7 +11,8 @@ Levels, strongest first; "auto" takes the first that passes a check of its claim
     landlock     no namespaces: Landlock for files, a seccomp filter that also refuses new processes and foreign signals
     none         limits, no walls; only with allow_unsafe=True
 
-The code sees Python's standard library and the system's programs, to read, and its folder, to write.
+The code sees Python's standard library and the system's programs, to read, and its folder, to write. It has no /proc and
+no /dev/shm (so no locks of multiprocessing); at level landlock it starts no processes and changes no modes of files.
 """
 
 import json

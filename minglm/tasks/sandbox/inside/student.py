@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -58,7 +59,7 @@ def _set_limits(limits: dict[str, Any], level: str) -> None:
 
 def _give_up_privileges(box: str, level: str, readable: list[str]) -> None:
     if level == "landlock":
-        landlock.restrict([*readable, "/dev/null", "/dev/zero", "/dev/urandom"], [box])
+        landlock.restrict([*readable, "/dev/zero", "/dev/urandom", "/dev/random"], [box, "/dev/null"])
     system.forbid_new_privileges()
     system.drop_capabilities()
     alone = level == "landlock"  # what cannot be counted must not be
@@ -88,6 +89,7 @@ def _run_file(path: str, box: str) -> None:
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _forget_own_modules()
+    tempfile.tempdir = None  # the guard's
     sys.argv = [path]
     sys.path[0] = os.path.dirname(os.path.join(box, path))
     main = types.ModuleType("__main__")
