@@ -14,7 +14,7 @@ from minglm.__main__ import main
 from minglm.config import GLMConfig
 from minglm.data.shards import open_dataset
 from minglm.evals.interval import Estimate, share
-from minglm.evals.measure import EvaluationError, Measure, Results, scored, table
+from minglm.evals.measure import EvaluationError, Measure, Results, direction, scored, summed, table
 from minglm.evals.suite import PARTS, evaluate, needle_lengths_of, parts_of
 from minglm.model import GLM
 from minglm.tokenizer import Tokenizer
@@ -155,6 +155,21 @@ def test_a_table_has_all_rows_of_all_columns_and_bold_where_better_than_chance()
     assert rows[2].endswith("| bits per byte ↓ |  | 1.500 [1.400, 1.600] | – |")
     assert "**1.000 [" in rows[3] and "| 0.250 [" in rows[3] and "(3 too long)" in rows[3]
     assert rows[3].count("**") == 2
+
+
+def test_marks_say_what_is_surely_better_or_worse_than_the_column_before():
+    def column(scores: list[float], nats: list[float]) -> Results:
+        measures = [scored("a", "b", "score", scores), summed("a", "b", "nats", nats, [2.0] * len(nats))]
+        return Results("m", "base", 4, 0, measures)
+
+    low, high = [0.0] * 9 + [1.0], [1.0] * 9 + [0.0]
+    small, large = [1.0 + 0.1 * number for number in range(10)], [1.2 + 0.1 * number for number in range(10)]
+    rows = table({"1": column(low, small), "2": column(high, large), "3": column(high, small)}).splitlines()[2:]
+    assert ["".join(mark for mark in "▲▼" if mark in cell) for cell in rows[0].split("|")[5:8]] == ["", "▲", ""]
+    assert ["".join(mark for mark in "▲▼" if mark in cell) for cell in rows[1].split("|")[5:8]] == ["", "▼", "▲"]
+    few = scored("a", "b", "c", [0.0] * 7), scored("a", "b", "c", [1.0] * 7)
+    assert direction(*few) == 0
+    assert direction(scored("a", "b", "c", [0.0] * 9), scored("a", "b", "c", [1.0] * 9, left_out=1)) == 0
 
 
 def test_results_are_read_back_equal(tmp_path):

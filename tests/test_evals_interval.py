@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from minglm.evals.interval import Estimate, mean, ratio, share, student_quantile
+from minglm.evals.interval import Estimate, change_of_ratio, mean, ratio, share, student_quantile
 
 
 @pytest.mark.parametrize(
@@ -77,6 +77,23 @@ def test_19_of_20_intervals_hold_the_truth(kind):
             found, truth = ratio(sizes * rng.normal(2, 0.5, 25), sizes), 2
         held += found.low <= truth <= found.high
     assert abs(held / trials - 0.95) < 0.025
+
+
+def test_a_change_is_judged_unit_by_unit():
+    """Documents differ by far more than the two models do: only a paired comparison sees the difference."""
+    rng = np.random.default_rng(2)
+    sizes = rng.uniform(50, 500, 40)
+    hard = sizes * rng.uniform(1, 4, 40)
+    easier = hard - sizes * rng.normal(0.05, 0.02, 40)
+    before, after = ratio(hard, sizes), ratio(easier, sizes)
+    assert before.low < after.value < before.high
+    found = change_of_ratio(list(zip(hard, sizes, strict=True)), list(zip(easier, sizes, strict=True)))
+    assert found.value == pytest.approx(after.value - before.value) and found.high < 0
+    as_scores = change_of_ratio([(0.0, 1.0), (0.5, 1.0), (1.0, 1.0)], [(1.0, 1.0), (0.5, 1.0), (1.0, 1.0)])
+    for key in ("value", "low", "high"):
+        assert getattr(as_scores, key) == pytest.approx(getattr(mean([1.0, 0.0, 0.0]), key))
+    with pytest.raises(ValueError, match="wanted the same ones"):
+        change_of_ratio([(1.0, 1.0)], [])
 
 
 def test_excludes_means_the_whole_interval_lies_beside():

@@ -13,8 +13,7 @@ import numpy as np
 
 from minglm.engine.engine import Engine
 from minglm.evals.attempts import Attempt, BaseForm, ChatForm, Form, attempt
-from minglm.evals.interval import ratio
-from minglm.evals.measure import Measure, scored
+from minglm.evals.measure import Measure, scored, summed
 from minglm.evals.scoring import Passage, Scored, Scorer, split_at_choice
 from minglm.tasks import FAMILIES
 from minglm.tasks.task import HELD_OUT, TRAIN, Message, Problem, problems
@@ -107,7 +106,7 @@ def graded(
             nats.append(float(one.continuations[0].nats[counted].sum()))
             tokens.append(sum(counted))
         quantity = f"nats per answer token, {len(form.shots)} shots"
-        yield Measure("families", name, quantity, ratio(nats, tokens), lower_is_better=True, left_out=left_out)
+        yield summed("families", name, quantity, nats, tokens, left_out=left_out)
         choices = [
             (raised(one.continuations, other.continuations), len(one.continuations))
             for one, other in zip(own, others, strict=True)

@@ -12,9 +12,8 @@ from itertools import pairwise
 import numpy as np
 
 from minglm.data.shards import Dataset
-from minglm.evals.interval import ratio
 from minglm.evals.likelihood import CHOICES, choose, held_out_documents
-from minglm.evals.measure import Measure, scored
+from minglm.evals.measure import Measure, scored, summed
 from minglm.evals.scoring import Passage, Scorer
 from minglm.tokenizer import Tokenizer
 
@@ -87,7 +86,7 @@ def infilling(scorer: Scorer, dataset: Dataset, domain: str, window: int, limit:
     sizes = [len(gap.middle.encode()) for gap in asked]
     for name, scores in (("infilling", infill), ("left to right", forward)):
         bits = [float(one.continuations[0].nats[:-1].sum()) / math.log(2) for one in scores]  # without the end
-        yield Measure("fim", domain, f"bits per byte of the middle, {name}", ratio(bits, sizes), lower_is_better=True)
+        yield summed("fim", domain, f"bits per byte of the middle, {name}", bits, sizes)
 
 
 def _infill(scorer: Scorer, gap: Gap, window: int) -> Passage:

@@ -72,6 +72,22 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     return _around(value, (top - value * bottom) / bottom.mean())
 
 
+def change_of_ratio(before: Sequence[tuple[float, float]], after: Sequence[tuple[float, float]]) -> Estimate:
+    """How much `ratio` has changed between two models that were asked the same units, each a (numerator, denominator).
+
+    Unit by unit, a hard document is hard for both models: the interval of the difference is far narrower than those of the
+    two ratios. Raises ValueError for unequal numbers of units.
+    """
+    if len(before) != len(after) or not len(before):
+        raise ValueError(f"{len(before)} and {len(after)} units: wanted the same ones, one at least")
+    values, residuals = [], []
+    for units in (before, after):
+        top, bottom = np.asarray(units, dtype=np.float64).T
+        values.append(float(top.sum() / bottom.sum()))
+        residuals.append((top - values[-1] * bottom) / bottom.mean())
+    return _around(values[1] - values[0], residuals[1] - residuals[0])
+
+
 def _checked(values: Sequence[float], name: str) -> np.ndarray:
     found = np.asarray(values, dtype=np.float64)
     if found.ndim != 1 or not len(found) or not np.isfinite(found).all():

@@ -8,8 +8,7 @@ import numpy as np
 
 from minglm.data.shards import Dataset
 from minglm.data.sources import HELD_OUT
-from minglm.evals.interval import ratio
-from minglm.evals.measure import EvaluationError, Measure, scored
+from minglm.evals.measure import EvaluationError, Measure, scored, summed
 from minglm.evals.scoring import Passage, Scored, Scorer, split_at_choice
 
 PIECES_A_DOCUMENT = 4  # of one document: many documents say more than much of one
@@ -62,8 +61,8 @@ def bits_per_byte(scorer: Scorer, dataset: Dataset, domain: str, window: int, ma
     counted = [number for number in nats if num_bytes[number]]
     if not counted:
         return None
-    estimate = ratio([nats[n] / math.log(2) for n in counted], [num_bytes[n] for n in counted])
-    return Measure("bits", domain, f"bits per byte, windows of {window}", estimate, lower_is_better=True)
+    bits, sizes = [nats[n] / math.log(2) for n in counted], [num_bytes[n] for n in counted]
+    return summed("bits", domain, f"bits per byte, windows of {window}", bits, sizes)
 
 
 def choose(scores: Sequence[Scored]) -> float:

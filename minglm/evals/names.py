@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from minglm.data.shards import Dataset
-from minglm.evals.interval import ratio
 from minglm.evals.likelihood import held_out_documents
-from minglm.evals.measure import Measure
+from minglm.evals.measure import Measure, summed
 from minglm.evals.scoring import Passage, Scorer
 
 FILE = re.compile(r"^# file: .*\n", re.MULTILINE)
@@ -92,10 +91,10 @@ def names_of_other_files(
         alone.append(float(file.prompt.nats[one.tokens - 1].sum()))
     names = [one.names for one in questions]
     view = f"{window // 2} tokens of other files"
-    yield Measure("names", domain, f"nats per name, {view}", ratio(behind, names), lower_is_better=True)
-    yield Measure("names", domain, f"nats per name, the file alone in {window // 2}", ratio(alone, names), lower_is_better=True)
+    yield summed("names", domain, f"nats per name, {view}", behind, names)
+    yield summed("names", domain, f"nats per name, the file alone in {window // 2}", alone, names)
     saved = [a - b for a, b in zip(alone, behind, strict=True)]
-    yield Measure("names", domain, f"nats per name saved by {view}", ratio(saved, names), chance=0.0)
+    yield summed("names", domain, f"nats per name saved by {view}", saved, names, chance=0.0, lower_is_better=False)
 
 
 @dataclass(frozen=True)
