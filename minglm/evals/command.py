@@ -67,9 +67,8 @@ def run_eval(command: Eval) -> int:
         for what in ("chosen", "exact"):
             made.append(out / f"needle-{what}.png")
             plot_grids(grids, made[-1], what)
-    print(
-        f"\n{text}\n\nintervals are 95%; bold: better than chance; ▲ ▼: better or worse than the column before, problem by problem\nmade: {', '.join(map(str, made))}"
-    )
+    print(f"\n{text}\n\nintervals are 95%; bold: better than chance; ▲ ▼: better or worse than the column before, item by item")
+    print(f"made: {', '.join(map(str, made))}")
     return 0
 
 
