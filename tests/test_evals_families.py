@@ -9,8 +9,8 @@ from memorised import fresh, learn, tokenizer_of
 from minglm.chat import render_tokens
 from minglm.engine.engine import Engine
 from minglm.evals.attempts import BaseForm, ChatForm, attempt
-from minglm.evals.families import exam, graded, judged, raised, rewards, shots_of
-from minglm.evals.measure import EvaluationError
+from minglm.evals.families import by_group, exam, graded, judged, raised, rewards, shots_of
+from minglm.evals.measure import EvaluationError, scored, summed
 from minglm.evals.needle import DEPTHS, needle_grid, plot_grids, shortest_length
 from minglm.evals.scoring import Scored, Scorer
 from minglm.tasks import FAMILIES
@@ -111,6 +111,20 @@ def test_rewards_of_every_family_and_mode_come_with_their_chance():
         found = list(rewards(engine, suite, 4, families=names))
         assert [(m.name, m.quantity) for m in found] == [(name, f"reward, {mode}") for name in names for mode in modes]
         assert all(0 < m.chance < 1 and 0 <= m.estimate.low <= m.estimate.high <= 1 for m in found)
+
+
+def test_a_group_is_all_problems_of_its_families_together():
+    of = [
+        scored("families", "arithmetic", "reward", [1.0, 0.0, 0.0], 0.1),
+        scored("families", "countdown", "reward", [1.0], 0.5, left_out=2),
+        summed("families", "arithmetic", "nats", [4.0, 2.0], [2.0, 1.0]),
+        summed("families", "countdown", "nats", [9.0], [1.0]),
+        scored("families", "safety", "reward", [1.0], 0.5),
+    ]
+    reward, nats = by_group(of)  # `safety` is alone in its group
+    assert (reward.name, reward.quantity, reward.left_out) == ("all reasoning", "reward", 2)
+    assert (reward.estimate.value, reward.estimate.count, reward.chance) == (0.5, 4, pytest.approx(0.2))
+    assert (nats.estimate.value, nats.estimate.count, nats.lower_is_better) == (pytest.approx(15 / 4), 3, True)
 
 
 # ---- by likelihood

@@ -15,7 +15,7 @@ from minglm.engine.engine import Engine
 from minglm.evals.attempts import Attempt, BaseForm, ChatForm, Form, attempt
 from minglm.evals.measure import Measure, scored, summed
 from minglm.evals.scoring import Passage, Scored, Scorer, split_at_choice
-from minglm.tasks import FAMILIES
+from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.task import HELD_OUT, TRAIN, Message, Problem, problems
 from minglm.tasks.text import conversation_text, ended, in_one_form
 from minglm.tokenizer import Tokenizer
@@ -116,6 +116,26 @@ def graded(
             values, sizes = zip(*choices, strict=True)
             chance = sum(1 / size for size in sizes) / len(sizes)
             yield scored("families", name, "chosen among near misses", values, chance, left_out)
+
+
+def by_group(measures: Sequence[Measure]) -> Iterator[Measure]:
+    """All problems of a group's families together, for each quantity: many problems, a narrow interval."""
+    for group, names in GROUPS.items():
+        pooled: dict[str, list[Measure]] = {}
+        for measure in measures:
+            if measure.name in names:
+                pooled.setdefault(measure.quantity, []).append(measure)
+        for quantity, own in pooled.items():
+            if len(own) < 2:
+                continue
+            tops, bottoms = zip(*(unit for measure in own for unit in measure.units), strict=True)
+            left_out = sum(measure.left_out for measure in own)
+            name = f"all {group}"
+            if own[0].lower_is_better:
+                yield summed("families", name, quantity, tops, bottoms, left_out=left_out)
+            else:
+                chance = sum(measure.chance * len(measure.units) for measure in own) / len(tops)
+                yield scored("families", name, quantity, tops, chance, left_out)
 
 
 def raised(own: Sequence[Scored], others: Sequence[Scored]) -> float:

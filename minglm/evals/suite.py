@@ -100,14 +100,17 @@ def _needle(subject: Subject) -> Iterator[Measure]:
 
 
 def _likelihood(subject: Subject) -> Iterator[Measure]:
-    yield from families.graded(subject.scorer, 2 * subject.limit, subject.seed, subject.levels, subject.families)
+    found = list(families.graded(subject.scorer, 2 * subject.limit, subject.seed, subject.levels, subject.families))
+    yield from found
+    yield from families.by_group(found)
 
 
 def _rewards(suite: str) -> Callable[[Subject], Iterator[Measure]]:
     def rewards(subject: Subject) -> Iterator[Measure]:
-        yield from families.rewards(
-            subject.engine, suite, subject.limit, subject.seed, subject.levels, subject.families, subject.progress
-        )
+        arguments = (subject.engine, suite, subject.limit, subject.seed, subject.levels, subject.families, subject.progress)
+        found = list(families.rewards(*arguments))
+        yield from found
+        yield from families.by_group(found)
 
     return rewards
 
