@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_data_stream import DOMAINS, dataset_of, equal, rows
 
 from minglm.data.mixture import LONGEST_PERIOD, Turns
-from minglm.data.packing import PACKINGS, best_fit
+from minglm.data.packing import MOST_WASTE, PACKINGS, best_fit, pack
 from minglm.data.stream import IGNORED, PADDING, MixtureStream, StreamError, TokenStream
 
 
@@ -73,7 +73,7 @@ def test_each_sequence_is_of_one_domain_and_shares_hold_within_one_row_at_every_
 
 
 @given(mixtures(["best_fit"]), st.integers(0, 3))
-def test_best_fit_deals_every_token_once_an_epoch_and_cuts_only_documents_longer_than_a_row(stream, epoch):
+def test_best_fit_deals_every_token_once_an_epoch_each_part_in_one_row(stream, epoch):
     split = split_of(stream)
     for pool in stream._pools.values():
         order = np.arange(pool.rows_per_epoch)
@@ -86,16 +86,15 @@ def test_best_fit_deals_every_token_once_an_epoch_and_cuts_only_documents_longer
         is_last = np.isin(found.input_ids, split.offsets[1:] - 1)
         assert np.array_equal(found.labels, np.where(is_last | ~real, IGNORED, found.input_ids + 1))
         assert (found.input_ids[~real] == 10**6).all()
-        size = stream.sequence_length
         assert pool.waste == pytest.approx(1 - real.mean())
         for ids, documents in zip(found.input_ids, found.document_ids, strict=True):
             assert documents[0] == 0 and (np.diff(documents[documents >= 0]) >= 0).all()
             assert (np.diff((documents == PADDING).astype(int)) >= 0).all(), "padding comes last"
             for number in range(documents.max() + 1):
                 piece = ids[documents == number]
-                start, end = split.offsets[np.searchsorted(split.offsets, piece[0], side="right") - 1 :][:2]
+                end = split.offsets[np.searchsorted(split.offsets, piece[0], side="right")]
                 assert np.array_equal(piece, np.arange(piece[0], piece[0] + len(piece)))
-                assert len(piece) == min(size, end - piece[0]) and (piece[0] - start) % size == 0
+                assert piece[-1] < end
         assert lengths.sum() == len(tokens)
 
 
@@ -115,6 +114,32 @@ def test_best_fit_decreasing_puts_each_item_where_it_leaves_the_least_room(lengt
         naive[item] = mine
         room[mine] -= lengths[item]
     assert (np.bincount(found, lengths) <= size).all()
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 40))
+@example([14] * 40, 20)
+@example([1] * 19, 20)
+def test_packing_wastes_little_and_cuts_items_only_where_whole_ones_would_waste_more(lengths, size):
+    lengths = np.array(lengths)
+    total, whole = lengths.sum(), best_fit(lengths, size)
+    parts = pack(lengths, size)
+    assert sorted(set(parts.rows.tolist())) == list(range(parts.rows.max() + 1))
+    assert (np.bincount(parts.rows, parts.lengths) <= size).all() and (parts.lengths > 0).all()
+    for item, length in enumerate(lengths):  # the parts are the item again
+        mine = parts.items == item
+        order = np.argsort(parts.offsets[mine])
+        ends = np.cumsum(parts.lengths[mine][order])
+        assert ends[-1] == length and np.array_equal(parts.offsets[mine][order], [0, *ends[:-1]])
+    num_rows, fewest = parts.rows.max() + 1, -(-total // size)
+    assert num_rows == fewest or total > (1 - MOST_WASTE) * size * num_rows - size
+    assert num_rows == fewest or 1 - total / (num_rows * size) <= MOST_WASTE or len(parts.items) == len(lengths)
+    if 1 - total / ((whole.max() + 1) * size) <= MOST_WASTE or whole.max() + 1 == fewest:
+        assert np.array_equal(parts.rows, whole), "nothing is cut where whole items fit well"
+
+
+def test_reasonable_lengths_are_not_cut():
+    lengths = np.random.default_rng(0).integers(20, 1025, 5000)
+    assert len(pack(lengths, 1024).items) == len(lengths)
 
 
 @given(st.dictionaries(st.sampled_from("abcdefgh"), st.integers(1, 40), min_size=1), st.integers(0, 400))
@@ -180,7 +205,7 @@ def test_the_state_of_another_mixture_is_refused_and_the_difference_named():
 
 
 def test_epochs_of_best_fit_deal_the_same_rows_in_another_order():
-    stream = MixtureStream(dataset_of([7] * 40), "train", 15, 0, {"prose": 1}, "best_fit")
+    stream = MixtureStream(dataset_of([7] * 40), "train", 14, 0, {"prose": 1}, "best_fit")
     first, second = ([tuple(row) for row in stream.batch(20 * epoch, 20).input_ids.tolist()] for epoch in range(2))
     assert first != second and set(first) == set(second)
     assert isinstance(stream.batch(0, 2).input_ids, torch.Tensor)

@@ -24,6 +24,7 @@ PADDING = -1  # the document id of padding
 TRUNCATE, BEST_FIT = "truncate", "best_fit"
 PACKINGS = (TRUNCATE, BEST_FIT)
 
+MOST_WASTE = 0.015  # share of positions that best fit leaves empty rather than cut a document
 WINDOW = 2**17  # documents that are packed together: more would save no room, but take longer
 
 
@@ -109,6 +110,8 @@ class Bins:
     """Whole documents in rows, each put where it leaves the least room (best fit decreasing).
 
     A document longer than a row is cut into pieces of a row's length; what is left at its end is packed like a document.
+    Where whole documents would leave more than `MOST_WASTE` empty, as those do that are all just over half a row long, the
+    emptiest rows are given up, and theirs are cut to fill the others, no more of them than that takes.
     Every token is an input exactly once an epoch. Documents do not see their neighbours, so it does not matter which ones
     share a row: they are packed once, and each epoch deals the same rows in another order.
     """
@@ -157,14 +160,16 @@ class Bins:
     def _packed(self) -> "_Pieces":
         documents = self._documents[np.argsort(draws(self._seed, 0).random_raw(len(self._documents)), kind="stable")]
         starts, lengths, ends = _cut(self._split, documents, self._sequence_length)
-        rows = np.empty(len(starts), np.int64)
-        num_rows = 0
-        for window in range(0, len(starts), WINDOW):
-            rows[window : window + WINDOW] = num_rows + best_fit(lengths[window : window + WINDOW], self._sequence_length)
-            num_rows = int(rows[window : window + WINDOW].max()) + 1
+        windows, num_rows = [], 0
+        for first in range(0, len(starts), WINDOW):
+            window = slice(first, first + WINDOW)
+            items, offsets, parts, rows = pack(lengths[window], self._sequence_length)
+            windows.append((starts[window][items] + offsets, parts, ends[window][items], num_rows + rows))
+            num_rows += int(rows.max()) + 1
+        starts, lengths, ends, rows = map(np.concatenate, zip(*windows, strict=True))
         by_row = np.argsort(rows, kind="stable")
-        first = np.searchsorted(rows[by_row], np.arange(num_rows + 1))
-        return _Pieces(starts[by_row], lengths[by_row], ends[by_row], first)
+        first_piece = np.searchsorted(rows[by_row], np.arange(num_rows + 1))
+        return _Pieces(starts[by_row], lengths[by_row], ends[by_row], first_piece)
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return np.argsort(draws(self._seed, epoch).random_raw(self.rows_per_epoch), kind="stable")
@@ -193,6 +198,45 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """start, start + 1, ..., `count` numbers from each start, one range after the other; int64."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+class Parts(NamedTuple):
+    """Items, or parts of them, in rows; int64, all of one length."""
+
+    items: np.ndarray
+    offsets: np.ndarray  # where in its item the part begins
+    lengths: np.ndarray
+    rows: np.ndarray
+
+
+def pack(lengths: np.ndarray, size: int) -> Parts:
+    """Items of 1 to `size` tokens in rows of `size`: whole by best fit, but with no more waste than `MOST_WASTE` or one row.
+
+    lengths: int64 (items,).
+    """
+    rows, total = best_fit(lengths, size), int(lengths.sum())
+    num_rows = int(rows.max()) + 1
+    kept = max(-(-total // size), int(total / ((1 - MOST_WASTE) * size)))
+    if num_rows <= kept:
+        return Parts(np.arange(len(lengths)), np.zeros_like(lengths), lengths, rows)
+    used = np.bincount(rows, lengths).astype(np.int64)
+    emptiest = np.argsort(used, kind="stable")
+    given_up, others = np.split(emptiest, [num_rows - kept])
+    new_number = np.full(num_rows, -1)
+    new_number[others] = np.arange(kept)  # by the room that they have, the most first: the largest parts go there
+    whole, loose = np.flatnonzero(new_number[rows] >= 0), np.flatnonzero(new_number[rows] < 0)
+
+    # The loose items and the rooms, each laid end to end: an item is cut where a room ends.
+    item_ends, room_ends = np.cumsum(lengths[loose]), np.cumsum(size - used[others])
+    cuts = np.unique(np.concatenate([[0], item_ends, room_ends[room_ends < item_ends[-1]]]))
+    begins = cuts[:-1]
+    which = np.searchsorted(item_ends, begins, side="right")
+    return Parts(
+        np.concatenate([whole, loose[which]]),
+        np.concatenate([np.zeros_like(whole), begins - (item_ends - lengths[loose])[which]]),
+        np.concatenate([lengths[whole], np.diff(cuts)]),
+        np.concatenate([new_number[rows[whole]], np.searchsorted(room_ends, begins, side="right")]),
+    )
 
 
 def best_fit(lengths: np.ndarray, size: int) -> np.ndarray:
