@@ -29,9 +29,9 @@ DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small GLM-4.5 on the text that this Python installation holds: tokenizer, training, plots, samples.
+    """Train a small GLM-4.5 through all stages, on what this Python installation holds: tokenizer, training, plots, samples.
 
-    About four minutes on two CPU cores. Run again, it goes on where it was stopped.
+    About ten minutes on two CPU cores. Run again, it goes on where it was stopped.
     """
 
     quick: bool = False
