@@ -162,6 +162,11 @@ def test_right_answers_known_by_heart_are_likely_and_chosen_and_a_fresh_model_is
     assert abs(np.mean(scores) - np.mean(chances)) < 4 * math.sqrt(0.25 / count)
 
 
+def test_answers_of_several_turns_are_scored_but_not_chosen():
+    found = list(graded(Scorer(fresh(TOKENIZER, positions=2048), TOKENIZER), 2, families=["shop_counter", "safety"]))
+    assert [(m.name, m.lower_is_better) for m in found] == [("shop_counter", True), ("safety", True), ("safety", False)]
+
+
 def test_the_answer_that_its_own_question_raises_most_is_chosen():
     def of(*nats, tokens=(1, 1, 1)):
         return [Scored(np.full(n, one), np.full(n, False)) for one, n in zip(nats, tokens, strict=False)]

@@ -82,11 +82,14 @@ def graded(
 ) -> Iterator[Measure]:
     """Nats per token of the right answer given the question, and how often the right one is chosen among near misses.
 
-    Both behind `SHOTS` solved problems, or as many as fit, answered at once. Of an agent's answer only the first turn counts.
+    Both behind `SHOTS` solved problems, or as many as fit, answered at once. Of an answer of several turns only the first is
+    scored, and none is chosen.
 
     Chosen is the answer whose share of the likelihood its question raises most, over what another problem's question gives
     it. By likelihood alone a model that knows nothing may be far from chance, for right answers and near misses differ in
     kind: a wrong sign is longer, a wrong digit a rarer one (compare Holtzman et al., arXiv 2104.08315).
+    What remains errs on the safe side: near misses resemble the right answer more than one another, so that one of them is
+    the odd one out, and a model that knows nothing scores chance or somewhat less.
     """
     for name in FAMILIES if families is None else families:
         form = BaseForm(scorer.tokenizer, shots_of(FAMILIES[name], seed, levels), thinking=False)
@@ -164,13 +167,17 @@ def _question(
 ) -> tuple[Passage, Passage] | None:
     """The right answer and near misses as text, behind the problem and behind another one; None if they do not fit."""
     begun = form.begun(problem)
-    right = _first_turn(problem.demonstrate(thinking=False), begun)
+    demonstration = problem.demonstrate(thinking=False)
+    right = _first_turn(demonstration, begun)
     if right is None:
         return None
     wrong: dict[str, None] = {}
     for _ in range(2 * NEAR_MISSES):
-        miss = _first_turn(problem.near_miss(rng), begun)
-        if miss is not None and miss != right and len(wrong) < NEAR_MISSES:
+        response = problem.near_miss(rng)
+        miss = _first_turn(response, begun)
+        # In a world of several turns the first one ("look it up") is right for most problems: no question raises it.
+        whole = len(demonstration) == len(response) == 1
+        if whole and miss is not None and miss != right and len(wrong) < NEAR_MISSES:
             wrong[miss] = None
     for shots in range(len(form.shots), -1, -1):
         pair = tuple(
