@@ -21,6 +21,9 @@ from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.corpus import DOMAINS, DOMAINS_OF_FAMILIES, TaskCorpus
 from minglm.train.recipe import Data
 
+PROBLEM_CHARACTERS = 2_000  # of a document of several problems: some 600 tokens of a small vocabulary
+LONG_CHARACTERS = 6_000  # some 1,700
+
 
 def families_of(ingredient: str) -> tuple[str, ...]:
     """The families whose problems fill the domain of this name; none for an ingredient of text."""
@@ -78,10 +81,11 @@ def _dataset(domain: str, where: str) -> Corpus:
 
 
 def _problems(ingredient: str, data: Data) -> Corpus:
-    families = families_of(ingredient)
+    families, characters = families_of(ingredient), PROBLEM_CHARACTERS
     if ingredient in DOMAINS_OF_FAMILIES.values():
         levels = {name: [d for d in data.long_levels if d in FAMILIES[name].difficulties] for name in families}
+        characters = LONG_CHARACTERS
     else:
         levels = {name: FAMILIES[name].difficulties[: data.levels or None] for name in families}
     # A seed of the data, not of the run: runs of several seeds share one folder.
-    return TaskCorpus(families, data.documents, seed=0, thinking_share=data.thinking_share, difficulties=levels)
+    return TaskCorpus(families, data.documents, 0, data.thinking_share, levels, characters=characters)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3b6fb6", "#e08a1e", "#3f9b6b", "#c8443c", "#8a8f98"
-DOMAIN_COLORS = (BLUE, ORANGE, GREEN, RED, "#7d5ba6", "#4aa3a2", "#a8763e", "#c25b9a", "#6b7a2a")
+DOMAIN_COLORS = (BLUE, ORANGE, GREEN, RED, "#7d5ba6", "#4aa3a2", "#a8763e", "#c25b9a", "#6b7a2a", "#1c2f4f", "#b8a04a")
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,

@@ -51,7 +51,7 @@ class Data:
     levels: int = 4
     """Difficulties of each family of problems, from the easiest on; 0: all."""
     long_levels: tuple[int, ...] = (3, 4, 5, 6)
-    """Difficulties of long documents, which decide their length: 3 is 600 characters, each next one twice as many."""
+    """Difficulties of long documents, all equally likely: 3 is 600 characters, each next one twice as many."""
 
     def __post_init__(self) -> None:
         for key, most in (("fim_rate", 1), ("thinking_share", 1), ("levels", math.inf), ("characters", math.inf)):
