@@ -271,3 +271,12 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, n
     with pytest.raises(CheckpointError, match="data: the disk is full"):
         prepare(documents(1000), TOKENIZER, tmp_path / "data", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_names_are_domains_up_to_256_of_them(tmp_path):
+    many = [Document(f"text {i} " * 5, str(i), "s", f"domain {i}", split="train") for i in range(257)]
+    dataset = prepare(many[:256], TOKENIZER, tmp_path / "most", progress=False)
+    assert dataset.domains == [f"domain {i}" for i in range(256)]
+    assert dataset.splits["train"].domains.tolist() == list(range(256))
+    with pytest.raises(DataError, match="more than 256 domains, 'domain 256' among them"):
+        prepare(many, TOKENIZER, tmp_path / "too_many", progress=False)
