@@ -36,6 +36,16 @@ def test_own_text_and_ingredients_come_together(tmp_path):
     assert {document.domain for document in corpus} == {"prose", "reasoning"}
 
 
+@pytest.mark.parametrize("documents", [5, 600])
+def test_own_text_keeps_held_out_text_however_much_it_is_joined_with(tmp_path, documents):
+    (tmp_path / "own.md").write_text("Own text, not much of it.\n" * 20)
+    alone = list(split_documents(corpus_of(Data(path=tmp_path))))
+    assert {split for split, _ in alone} == {TRAIN, HELD_OUT}
+    joined = split_documents(corpus_of(Data(path=tmp_path, ingredients=("reasoning",), documents=documents)))
+    own = [(split, document.text) for split, document in joined if document.domain == "prose"]
+    assert own == [(split, document.text) for split, document in alone]
+
+
 @pytest.mark.parametrize(
     "data, complaint",
     [

@@ -36,7 +36,8 @@ def corpus_of(data: Data) -> Corpus:
     """All documents that the recipe asks for: of path or sources, ingredients, datasets; the default sources if of none.
 
     What is embedded or made is kept once it has been read: tokenizer and shards share one reading, and a run that goes on
-    needs none. Own text and datasets, which may be large, are streamed. Raises `ConfigError` for a name that is none.
+    needs none. Own text and datasets, which may be large, are streamed. Joined with others, they are split as they would
+    be alone: of a few files the last tenth of each is held out. Raises `ConfigError` for a name that is none.
     """
     problems = (*DOMAINS.values(), *DOMAINS_OF_FAMILIES.values())
     for name in data.ingredients:
@@ -54,6 +55,8 @@ def corpus_of(data: Data) -> Corpus:
         streamed.append(documents_from_path(data.path))
     if not kept and not streamed:
         kept.append(default_documents())
+    if len(kept) + len(streamed) > 1:
+        streamed = [corpus.with_splits() for corpus in streamed]
     return _joined([*map(_read_once, kept), *streamed])
 
 
