@@ -32,8 +32,6 @@ from minglm.tasks.text import (
 
 # A process of its own judges these answers, so a verdict costs some hundredths of a second.
 RUN_IN_SANDBOX = frozenset({*GROUPS["code"], "repository"})
-# Harder here is subtler, not longer; the family's own tests hold by what measure.
-SUBTLER = frozenset({"style_preference"})
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
@@ -225,9 +223,6 @@ def test_plain_text_can_be_read_back(family, thinking):
 
 @every_family
 def test_the_hardest_problems_are_longer_than_the_easiest(family):
-    if family.family in SUBTLER:
-        pytest.skip("harder is subtler in this family")
-
     def mean_length(difficulty):
         rng = random.Random(f"{difficulty}")
         lengths = [len(document(family.sample(rng, difficulty), True)) for _ in range(20)]
