@@ -41,7 +41,7 @@ class InstructionFollowing(Problem):
     text: str
 
     family = "instruction_following"
-    stands_for = "Instruction-following RL with its constraint types in seven groups (section 8 of the facts); IFEval."
+    stands_for = "Instruction-following RL with its types of constraints (section 3.4), and IFEval of section 4."
     difficulties = range(1, 7)
 
     @classmethod

@@ -44,7 +44,7 @@ class LongDocument(Problem):
     facts: tuple[tuple[str, int], ...]
 
     family = "long_document"
-    stands_for = "Mid-training 3, long context (section 6 of the facts), and long-context SFT; needle-in-a-haystack and RULER."
+    stands_for = "Long documents in mid-training (section 2.3) and in fine-tuning (3.1); needle-in-a-haystack and RULER."
     difficulties = range(1, 9)
 
     @classmethod

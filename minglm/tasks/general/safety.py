@@ -79,7 +79,7 @@ class Safety(Problem):
 
     family = "safety"
     stands_for = (
-        "The safety part of holistic RL (section 8 of the facts); SafetyBench, and tests of refusing too much (XSTest)."
+        "The safe side of holistic RL (section 3.4), and SafetyBench of section 4; tests of refusing too much (XSTest)."
     )
     difficulties = range(1, 6)
 

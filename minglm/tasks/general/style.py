@@ -79,7 +79,7 @@ class StylePreference(Problem):
     second: tuple[bool, ...]
 
     family = "style_preference"
-    stands_for = "Human preference and the reward model of holistic RL (section 8 of the facts); RewardBench."
+    stands_for = "Human preference and the reward model of holistic RL (section 3.4); RewardBench."
     difficulties = range(1, 6)
 
     @classmethod

@@ -106,7 +106,7 @@ class Translation(Problem):
     ask: int
 
     family = "translation"
-    stands_for = "Translation with idioms, judged by people in section 9 of the facts; here there is one right sentence."
+    stands_for = "Translation with idioms, judged by people in section 4; here there is one right sentence."
     difficulties = range(1, 7)
 
     @classmethod
