@@ -13,7 +13,10 @@ from minglm.evals.families import by_group, exam, graded, judged, raised, reward
 from minglm.evals.measure import EvaluationError, scored, summed
 from minglm.evals.needle import DEPTHS, needle_grid, plot_grids, shortest_length
 from minglm.evals.scoring import Scored, Scorer
-from minglm.tasks import FAMILIES
+from minglm.tasks import FAMILIES, GROUPS
+from minglm.tasks.agents import repository
+from minglm.tasks.code import answer
+from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import HELD_OUT, TRAIN, split_of
 from minglm.tasks.text import answer_text, document, prompt_text
 
@@ -111,6 +114,33 @@ def test_rewards_of_every_family_and_mode_come_with_their_chance():
         found = list(rewards(engine, suite, 4, families=names))
         assert [(m.name, m.quantity) for m in found] == [(name, f"reward, {mode}") for name in names for mode in modes]
         assert all(0 < m.chance < 1 and 0 <= m.estimate.low <= m.estimate.high <= 1 for m in found)
+
+
+@pytest.fixture
+def no_sandbox(monkeypatch):
+    def refuse(*arguments, **options):
+        raise SandboxError("no level can be had")
+
+    monkeypatch.setattr("minglm.tasks.sandbox.functions.default_sandbox", refuse)
+    answer._first_failure.cache_clear()  # what was judged before needs no sandbox
+    repository.run_checks.cache_clear()
+
+
+def test_families_that_no_sandbox_judges_are_left_out_and_named(no_sandbox, capsys):
+    model = fresh(TOKENIZER, positions=1024)
+    names = ["arithmetic", *GROUPS["code"], "repository"]
+    found = list(rewards(Engine(model, TOKENIZER), "base", 2, families=names))
+    assert {measure.name for measure in found} == {"arithmetic"}
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == names[1:]
+    assert all("sandbox" in line and line.endswith("no level can be had") for line in told)
+
+
+def test_likelihoods_need_a_sandbox_only_where_near_misses_are_tried_in_it(no_sandbox, capsys):
+    scorer = Scorer(fresh(TOKENIZER, positions=1024), TOKENIZER)
+    found = list(graded(scorer, 2, families=["fix_function", "repository"]))
+    assert {measure.name for measure in found} == {"fix_function"}
+    assert capsys.readouterr().out.startswith("repository: left out of the table")
 
 
 def test_a_group_is_all_problems_of_its_families_together():

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
+from tqdm import tqdm
 
 from minglm.engine.engine import Engine
 from minglm.evals.attempts import Attempt, BaseForm, ChatForm, Form, attempt
 from minglm.evals.measure import Measure, scored, summed
 from minglm.evals.scoring import Passage, Scored, Scorer, split_at_choice
 from minglm.tasks import FAMILIES, GROUPS
+from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import HELD_OUT, TRAIN, Message, Problem, problems
 from minglm.tasks.text import conversation_text, ended, in_one_form
 from minglm.tokenizer import Tokenizer
@@ -62,11 +64,35 @@ def rewards(
     families: Sequence[str] | None = None,
     progress: bool = False,
 ) -> Iterator[Measure]:
-    """The mean reward of greedy answers in each family and mode, with the family's chance level."""
+    """The mean reward of greedy answers in each family and mode, with the family's chance level.
+
+    A family that cannot be judged here, because there is no sandbox, is left out with a printed line.
+    """
     for name in FAMILIES if families is None else families:
         asked = exam(FAMILIES[name], limit, seed, levels)
+        if not judgeable(asked[0]):
+            continue
         for quantity, form in forms(suite, engine.tokenizer, FAMILIES[name], seed, levels):
             yield judged(name, f"reward, {quantity}", attempt(engine, form, asked, seed, f"{name}: {quantity}", progress))
+
+
+def judgeable(problem: Problem) -> bool:
+    """Whether the problem's family can be judged on this machine; a line that says why not is printed.
+
+    Asked before the model is: a verifier that needs no sandbox to refuse an empty answer would let bad models have a row in
+    the table, and good ones none.
+    """
+    try:
+        problem.verify(problem.demonstrate(thinking=False))
+        problem.verify(problem.near_miss(random.Random(0)))
+    except SandboxError as error:
+        _say_left_out(problem.family, error)
+        return False
+    return True
+
+
+def _say_left_out(family: str, error: SandboxError) -> None:
+    tqdm.write(f"{family}: left out of the table, for it is judged in the sandbox: {error}")
 
 
 def judged(name: str, quantity: str, attempts: Sequence[Attempt]) -> Measure:
@@ -95,7 +121,11 @@ def graded(
         form = BaseForm(scorer.tokenizer, shots_of(FAMILIES[name], seed, levels), thinking=False)
         asked = exam(FAMILIES[name], limit, seed, levels)
         rng = random.Random(f"near misses {name} {seed}")
-        pairs = [_question(scorer, form, problem, asked[i - 1], rng) for i, problem in enumerate(asked)]
+        try:
+            pairs = [_question(scorer, form, problem, asked[i - 1], rng) for i, problem in enumerate(asked)]
+        except SandboxError as error:  # some near misses are tried before they are called wrong
+            _say_left_out(name, error)
+            continue
         pairs = [pair for pair in pairs if pair is not None]
         if not pairs:
             continue
