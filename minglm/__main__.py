@@ -15,11 +15,13 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 from minglm.config import ConfigError, GLMConfig
+from minglm.evals.command import Eval, run_eval
 from minglm.train.recipe import Recipe, find_config, load_recipe
 
 if TYPE_CHECKING:
     from minglm.engine.engine import Engine
     from minglm.tokenizer import Tokenizer
+    from minglm.train.span import Span
 
 PROGRAM = "python -m minglm"
 DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without a command: demo."
@@ -27,9 +29,9 @@ DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small GLM-4.5 on the text that this Python installation holds: tokenizer, training, plots, samples.
+    """Train a small GLM-4.5 through all stages, on what this Python installation holds: tokenizer, training, plots, samples.
 
-    About four minutes on two CPU cores. Run again, it goes on where it was stopped.
+    About ten minutes on two CPU cores. Run again, it goes on where it was stopped.
     """
 
     quick: bool = False
@@ -42,7 +44,8 @@ class Demo:
 class Train:
     """Train by a recipe: a TOML file, or the name of one in configs/recipe.
 
-    Any key of the recipe can be overridden: --training.steps 100. Run again, it goes on from the newest checkpoint.
+    Any key of the recipe can be overridden: --training.scale 2, --stages.0.tokens 100000. Run again, it goes on from the
+    newest checkpoint.
     """
 
     recipe_file: Annotated[Positional[str], arg(metavar="RECIPE")]
@@ -52,15 +55,37 @@ class Train:
     """Where everything is written (runs/ and the recipe's name)."""
     resume: bool = False
     """Refuse to start anew if there is no checkpoint to go on from."""
+    from_stage: str | None = None
+    """Start from the end of the stage before this one. In the run's own folder, what came later is deleted."""
+    from_run: Path | None = None
+    """With --from-stage: the folder of the run to start from (by default this one); a run of other later stages will do."""
+    until_stage: str | None = None
+    """Stop at the end of this stage; the same command without it goes on."""
 
 
 @dataclass(frozen=True)
 class Ablate:
-    """Does it help? Every combination of some values of a recipe, over several seeds, with 95% intervals and curves."""
+    """Does it help? Every combination of some values of a recipe, over several seeds, with 95% intervals and curves.
+
+    With --stages, instead: does each stage earn its keep? Against the same number of tokens of the stage before it, without
+    the change of RoPE's base, and without filling in the middle; judged as `eval` does.
+    """
 
     recipe_file: Annotated[Positional[str], arg(metavar="RECIPE")]
     vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """table.key=value,value,... as in the recipe; may be given several times."""
+    stages: bool = False
+    """The arms of the recipe's stages, not variations."""
+    only: tuple[str, ...] = ()
+    """With --stages: only these stages (by default all)."""
+    arms: tuple[Literal["control", "rope", "fim"], ...] = ("control", "rope", "fim")
+    """With --stages: which arms."""
+    suite: str = "bits,completion,fim,names,needle,likelihood"
+    """With --stages: what they are judged by, as in eval."""
+    limit: int = 32
+    """With --stages: problems of each kind, as in eval."""
+    scale: float = 1.0
+    """A longer or shorter recipe: training.scale."""
     seeds: tuple[int, ...] = (1, 2, 3)
     workers: int = 1
     """Runs at a time, on equal shares of the cores."""
@@ -182,6 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
             Demo: run_demo,
             Train: run_train,
             Ablate: run_ablate,
+            Eval: run_eval,
             Params: run_params,
             Bench: run_bench,
             Race: run_race,
@@ -201,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Race | Chat | Serve | Convert:
+def _parse(arguments: list[str]) -> Demo | Train | Ablate | Eval | Params | Bench | Race | Chat | Serve | Convert:
     """After `train RECIPE`, that recipe's values are the defaults of the options; in plain `train --help`, nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
@@ -209,6 +235,7 @@ def _parse(arguments: list[str]) -> Demo | Train | Ablate | Params | Bench | Rac
         Annotated[Demo, subcommand("demo")]
         | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
         | Annotated[Ablate, subcommand("ablate")]
+        | Annotated[Eval, subcommand("eval")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
         | Annotated[Race, subcommand("race")]
@@ -226,7 +253,7 @@ def run_demo(command: Demo) -> int:
     name = "quick" if command.quick else "nano"
     folder = command.run_folder or Path("runs", "quick" if command.quick else "demo")
     print(f"demo: tokenizer, training by configs/recipe/{name}.toml, plots and samples; everything is written to {folder}\n")
-    return _train(load_recipe(name), folder, must_resume=False)
+    return _train(load_recipe(name), folder)
 
 
 def run_train(command: Train) -> int:
@@ -234,21 +261,29 @@ def run_train(command: Train) -> int:
     # A run's own config.toml goes on with that run.
     folder = command.run_folder or (path.parent if path.name == "config.toml" else Path("runs", path.stem))
     print(f"train: {command.recipe_file}; everything is written to {folder}\n")
-    return _train(command.recipe, folder, command.resume)
+    from minglm.train.span import Span
+
+    return _train(command.recipe, folder, command.resume, Span(command.from_stage, command.from_run, command.until_stage))
 
 
-def _train(recipe: Recipe, folder: Path, must_resume: bool) -> int:
+def _train(recipe: Recipe, folder: Path, must_resume: bool = False, span: "Span | None" = None) -> int:
     from minglm.engine.generate import generate
     from minglm.train.metrics import read_metrics
     from minglm.train.run_folder import RunFolder
+    from minglm.train.span import WHOLE_RUN
     from minglm.train.trainer import train
 
-    outcome = train(recipe, folder, generate, must_resume)
+    outcome = train(recipe, folder, generate, must_resume, span or WHOLE_RUN)
     run = RunFolder(folder)
     if outcome.stopped_by is not None:
         print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
         print(f"to go on: {PROGRAM} train {run.config}")
         return 128 + outcome.stopped_by
+    last_step = recipe.plan().steps
+    if outcome.step < last_step:
+        print(f"\nthe stage has ended with step {outcome.step:,} of {last_step:,}: {outcome.checkpoint}")
+        print(f"to go on: {PROGRAM} train {run.config}")
+        return 0
     held_out = [record for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
     first, last = (record["bits_per_byte"] for record in (held_out[0], held_out[-1]))
     print(f"""
@@ -262,7 +297,8 @@ made:
 
 to try next:
   {PROGRAM} train {run.config} --run-folder {folder}-adamw --optimizer.kind adamw
-  {PROGRAM} train nano --data.path YOUR_TEXT --run-folder runs/own-text
+  {PROGRAM} eval {folder}    every stage, a column each
+  {PROGRAM} train text --data.path YOUR_TEXT
   {PROGRAM} chat {folder}
   {PROGRAM} params configs/model/glm-4.5.toml
   {PROGRAM} bench""")
@@ -270,12 +306,43 @@ to try next:
 
 
 def run_ablate(command: Ablate) -> int:
-    from minglm.train.ablation import ablate, report
+    from minglm.train.ablation import ablate, report, with_value
 
+    recipe = load_recipe(command.recipe_file)
+    recipe = with_value(recipe, "training.scale", command.scale * recipe.training.scale)
+    if command.stages:
+        return _ablate_stages(command, recipe)
     folder = command.run_folder or Path("runs", f"ablate-{Path(command.recipe_file).stem}")
     print(f"ablate: {command.recipe_file} with {len(command.seeds)} seeds; everything is written to {folder}\n")
-    results = ablate(load_recipe(command.recipe_file), command.vary, command.seeds, folder, command.workers)
+    results = ablate(recipe, command.vary, command.seeds, folder, command.workers)
     print(f"\n{report(results)}\n\nmade: {folder / 'results.json'}, {folder / 'curves.png'}, and a run folder of each run")
+    return 0
+
+
+def _ablate_stages(command: Ablate, recipe: Recipe) -> int:
+    from minglm.train.stage_ablation import ablate_stages
+
+    if command.vary:
+        raise ConfigError("ablate: found --vary and --stages; wanted one of them")
+    folder = command.run_folder or Path("runs", f"ablate-stages-{Path(command.recipe_file).stem}")
+    print(f"ablate: the stages of {command.recipe_file}, {len(command.seeds)} seeds; everything is written to {folder}\n")
+
+    def judge(checkpoint: Path, data: Path) -> dict[str, float]:
+        from minglm.checkpoint import load_model
+        from minglm.data.shards import open_dataset
+        from minglm.evals.suite import evaluate
+        from minglm.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_pretrained(checkpoint)
+        dataset, model = open_dataset(data / "tokens", tokenizer), load_model(checkpoint).eval()
+        window = recipe.plan().stages[0].sequence_length
+        found = evaluate(model, tokenizer, dataset, command.suite, command.limit, window=window, progress=True)
+        arrows = {True: "↓", False: "↑"}
+        return {f"{'/'.join(m.key[:2])}: {m.quantity} {arrows[m.lower_is_better]}": m.estimate.value for m in found.measures}
+
+    judged_by = f"suite {command.suite}, limit {command.limit}"
+    text = ablate_stages(recipe, command.seeds, folder, judge, judged_by, command.arms, command.only, command.workers)
+    print(f"\n{text}\nmade: {folder / 'stages.md'}, {folder / 'stages.json'}, and a run folder of each run")
     return 0
 
 

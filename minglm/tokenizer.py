@@ -44,6 +44,11 @@ PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# What `train_tokenizer` learns from: digits one by one, so that no merge joins any. A small model then has ten digits to
+# learn arithmetic with instead of a thousand numbers, and the vocabulary has its ids for words. Text is cut by PATTERN all
+# the same: within a group of three digits there is nothing to merge.
+LEARNING_PATTERN = PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
 # tiktoken's regex engine keeps one backtracking state for each character that `\s+(?!\S)` passes, and panics at a run
 # of a million spaces. This matches the same text with one state per hundred characters.
 TIKTOKEN_PATTERN = PATTERN.replace(r"\s+(?!\S)", r"(?:\s{100}(?!\S)|\s(?!\S))++")
@@ -73,7 +78,7 @@ def train_tokenizer(
     specials: Sequence[str] = SPECIAL_TOKENS,
     show_progress: bool = True,
 ) -> "Tokenizer":
-    """Learn a vocabulary from `texts`; the same texts always give the same tokenizer.
+    """Learn a vocabulary from `texts`; the same texts always give the same tokenizer. Each digit is an id of its own.
 
     Args:
         texts: read once, in order.
@@ -99,9 +104,7 @@ def train_tokenizer(
     _check_specials(specials, "specials")
 
     library = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(PATTERN), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    library.pre_tokenizer = _cut_by(LEARNING_PATTERN)
     library.decoder = decoders.ByteLevel()
     stretches = _between_specials(texts, specials)
     if characters:
@@ -116,10 +119,16 @@ def train_tokenizer(
             show_progress=show_progress,
         )
         library.train_from_iterator(stretches, trainer)
+    library.pre_tokenizer = _cut_by(PATTERN)
     if ordinary := sorted(library.get_vocab().keys() & set(specials)):
         raise ValueError(f"specials: {ordinary} are ordinary tokens, too; wanted other names")
     library.add_tokens([tokenizers.AddedToken(name, special=name not in CONTENT_TAGS, normalized=False) for name in specials])
     return Tokenizer(library.to_str(pretty=True).encode(), "trained tokenizer")
+
+
+def _cut_by(pattern: str) -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated")
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 class Tokenizer:

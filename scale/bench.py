@@ -39,7 +39,7 @@ def bench(command: Bench) -> tuple[float, float]:
     """Seconds of a step (plain, spread): medians over steps that take turns. Starts a process group if there is none."""
     device = choose_device(Hardware())
     config = GLMConfig.from_toml(find_config("model", command.model))
-    recipe = Recipe(config, Training(1, command.length, command.sequences, command.sequences))
+    recipe = Recipe(config, Training(command.length, command.sequences, command.sequences, steps=1))
     started = not dist.is_initialized()
     if started:
         backend = "cpu:gloo,cuda:nccl" if device.torch_device.type == "cuda" else "gloo"

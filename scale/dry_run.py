@@ -105,7 +105,7 @@ def step_as_rank(
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=layout.world_size)
     try:
         hardware = Hardware(device="cpu", activation_checkpointing=activation_checkpointing)
-        training = Training(1, sequence_length, layout.world_size * sequences_per_micro_batch, sequences_per_micro_batch)
+        training = Training(sequence_length, layout.world_size * sequences_per_micro_batch, sequences_per_micro_batch, steps=1)
         device = Device(torch.device("cpu"), bf16=True, why="numbers without values")
         mesh = make_mesh(layout, "cpu")
         with FakeTensorMode(allow_non_fake_inputs=True), _Watch() as watch, patch("minglm.model.Router.choose", _in_turn):

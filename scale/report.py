@@ -5,13 +5,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from minglm.config import GLMConfig
+from minglm.config import ConfigError, GLMConfig
 from minglm.params import count, training_flops_per_token, training_memory
 from minglm.train.recipe import CONFIGS, Recipe, load_recipe
 from scale.footprint import Memory, memory_of_rank, most_memory, parameters_of_rank
 from scale.mesh import Layout
 from scale.roofline import slower_because
 from scale.search import AS_GOOD, GIB, MOST_GPUS, Candidate, Plan, divisors, judge, plan, remedies
+from scale.train import check
 
 REPORT_TOKENS = 22e12  # of pre-training: 15T general, 7T code and reasoning; report, section 2.3
 
@@ -282,7 +283,23 @@ def launch(made: Plan, model: str) -> str:
         if found.training.batch_warmup_steps:
             wanted["training.first_sequences_per_step"] = _first_sequences(made, found)
         options = [_option(key, value) for key, value in wanted.items() if _value(found, key) != value]
+        if problem := _problem(found, wanted, made):
+            lines = [f"Not before this is changed in {recipe}, whose stages do not all fit: {problem}", ""]
     return "\n".join(lines + (_on_one_node if made.nodes == 1 else _on_many_nodes)(made, recipe, options))
+
+
+def _problem(recipe: Recipe, wanted: dict[str, int | bool], made: Plan) -> str | None:
+    """Why the ranks could not train the recipe so: the plan is for one sequence length, and stages may have others."""
+    tables: dict[str, dict[str, int | bool]] = {"training": {}, "hardware": {}}
+    for key, value in wanted.items():
+        table, name = key.split(".")
+        tables[table][name] = value
+    try:
+        varied = {table: dataclasses.replace(getattr(recipe, table), **values) for table, values in tables.items()}
+        check(dataclasses.replace(recipe, **varied), made.chosen.layout)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _on_one_node(made: Plan, recipe: str, options: list[str]) -> list[str]:

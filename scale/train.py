@@ -28,6 +28,7 @@ from minglm.train.device import Device, choose_device
 from minglm.train.preparation import prepare_data
 from minglm.train.recipe import Hardware, Recipe, load_recipe, resolve_paths
 from minglm.train.run_folder import RunFolder
+from minglm.train.stages import PlannedStage
 from minglm.train.stop import StopRequest
 from minglm.train.trainer import Outcome, Trainer
 from scale.learner import ShardedLearner
@@ -123,21 +124,31 @@ def train(recipe: Recipe, run_folder: str | Path, layout: Layout, must_resume: b
 def check(recipe: Recipe, layout: Layout) -> None:
     """Raises `LayoutError` or `ConfigError`, naming the fix, if the recipe cannot be trained on this layout."""
     layout.check(recipe.model)
-    training = recipe.training
-    at_once = training.sequences_per_micro_batch * layout.world_size
-    for key in ("sequences_per_step", "first_sequences_per_step"):
-        found = getattr(training, key)
-        if found % at_once:
-            nearest = max(1, round(found / at_once)) * at_once
-            smaller = math.gcd(found // layout.world_size, training.sequences_per_micro_batch)
-            shrink = f", --training.sequences-per-micro-batch {smaller}" if found % layout.world_size == 0 else ""
-            raise LayoutError(
-                f"training.{key} = {found}: {layout.world_size} ranks take {at_once} sequences at once "
-                f"({training.sequences_per_micro_batch} each); wanted a multiple, such as --training.{key.replace('_', '-')} "
-                f"{nearest}{shrink}, or fewer ranks"
-            )
+    plan = recipe.plan()
+    for stage in plan.stages:
+        _check_shared(stage.sequences_per_step, stage, "sequences_per_step", recipe, layout)
+    if plan.batch_warmup_steps:
+        _check_shared(plan.first_sequences_per_step, plan.stages[0], "first_sequences_per_step", recipe, layout)
     if recipe.hardware.compile:
         raise ConfigError("hardware.compile = true: not together with scale.train yet; wanted false")
+
+
+def _check_shared(found: int, stage: PlannedStage, key: str, recipe: Recipe, layout: Layout) -> None:
+    """Each rank must get equally many whole micro-batches of a step."""
+    at_once = stage.sequences_per_micro_batch * layout.world_size
+    if found % at_once == 0:
+        return
+    own = recipe.stages and stage.sequence_length != recipe.training.sequence_length
+    where = f"stages.{stage.number}" if own else "training"  # where an option changes it
+    nearest = max(1, round(found / at_once)) * at_once
+    smaller = math.gcd(found // layout.world_size, stage.sequences_per_micro_batch)
+    shrink = f", --{where}.sequences-per-micro-batch {smaller}" if found % layout.world_size == 0 else ""
+    name = f"stages.{stage.name}" if own else "training"
+    raise LayoutError(
+        f"{name}.{key} = {found}: {layout.world_size} ranks take {at_once} sequences at once "
+        f"({stage.sequences_per_micro_batch} each); wanted a multiple, such as --{where}.{key.replace('_', '-')} "
+        f"{nearest}{shrink}, or fewer ranks"
+    )
 
 
 def _parse(arguments: list[str]) -> Train:

@@ -59,7 +59,9 @@ def small_recipe(text: Path, **changes: object) -> Recipe:
         "data": (Data, dict(path=text)),
         "hardware": (Hardware, dict(device="cpu")),
     }
-    top = {key: changes.pop(key) for key in ("seed", "tokenizer", "model") if key in changes}
+    top = {key: changes.pop(key) for key in ("seed", "tokenizer", "model", "stages") if key in changes}
+    if "stages" in top:
+        tables["training"][1].pop("steps")
     for cls, values in tables.values():
         values |= {key: changes.pop(key) for key in list(changes) if key in cls.__dataclass_fields__}
     assert not changes, changes

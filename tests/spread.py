@@ -28,7 +28,7 @@ STEPS = 10
 def nano_recipe(**changes: object) -> Recipe:
     """The real nano model; `changes` are its configuration's."""
     config = replace(GLMConfig.from_toml("configs/model/nano.toml"), **changes)
-    training = Training(STEPS, sequence_length=48, sequences_per_step=8, sequences_per_micro_batch=1)
+    training = Training(steps=STEPS, sequence_length=48, sequences_per_step=8, sequences_per_micro_batch=1)
     return Recipe(config, training, optimizer=Optimizer(learning_rate=8e-3), hardware=Hardware(device="cpu"))
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from minglm.checkpoint import CheckpointError
 from minglm.data import shards
-from minglm.data.shards import DatasetError, VocabularyMismatch, open_dataset, prepare
+from minglm.data.shards import FORMAT_VERSION, DatasetError, VocabularyMismatch, open_dataset, prepare
 from minglm.data.sources import Corpus, DataError, Document, documents_from_path, split_documents
 from minglm.tokenizer import END_OF_DOCUMENT, train_tokenizer
 
@@ -77,7 +77,9 @@ def test_tokens_and_fingerprint_are_independent_of_the_size_of_shards(shard_toke
 @given(st.lists(st.sampled_from(BREAKS), min_size=1, max_size=50).map("".join), st.integers(1, 20))
 def test_a_long_text_has_the_same_tokens_encoded_in_pieces(text, piece):
     with mock.patch.object(shards, "_PIECE_CHARACTERS", piece):
-        assert shards._encode([text, "b", text], JOINER) == [JOINER.encode(t) for t in (text, "b", text)]
+        assert shards._encode([Document(t, "n", "s", "prose") for t in (text, "b", text)], JOINER) == [
+            JOINER.encode(t) for t in (text, "b", text)
+        ]
 
 
 def test_user_text_cannot_end_a_document(tmp_path):
@@ -188,7 +190,8 @@ def test_files_that_contradict_each_other_are_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "text, found", [("{", "not JSON"), ("[]", "format_version is None, wanted 1"), ('{"format_version": 99}', "is 99")]
+    "text, found",
+    [("{", "not JSON"), ("[]", f"format_version is None, wanted {FORMAT_VERSION}"), ('{"format_version": 99}', "is 99")],
 )
 def test_a_damaged_or_unknown_manifest_is_refused(folder, text, found):
     (folder / "manifest.json").write_text(text)
@@ -268,3 +271,12 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, n
     with pytest.raises(CheckpointError, match="data: the disk is full"):
         prepare(documents(1000), TOKENIZER, tmp_path / "data", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_names_are_domains_up_to_256_of_them(tmp_path):
+    many = [Document(f"text {i} " * 5, str(i), "s", f"domain {i}", split="train") for i in range(257)]
+    dataset = prepare(many[:256], TOKENIZER, tmp_path / "most", progress=False)
+    assert dataset.domains == [f"domain {i}" for i in range(256)]
+    assert dataset.splits["train"].domains.tolist() == list(range(256))
+    with pytest.raises(DataError, match="more than 256 domains, 'domain 256' among them"):
+        prepare(many, TOKENIZER, tmp_path / "too_many", progress=False)

@@ -258,3 +258,39 @@ def test_documents_and_split_are_the_same_in_every_process_and_no_package_is_imp
 def test_an_unknown_source_is_refused_with_those_there_are():
     with pytest.raises(DataError, match="unknown source 'code/nympy'; .*code/numpy"):
         embedded_documents("python_topics", "code/nympy")
+
+
+# ---- documents that say their split or carry marks
+
+
+def test_a_document_that_says_its_split_goes_there_whole_in_small_corpora_and_large():
+    said = [Document(f"text {i} " * 9, str(i), "s", "prose", split=("train", "held_out")[i % 2]) for i in range(20)]
+    others = [Document(f"other {i} " * 9, str(i), "s", "prose") for i in range(600)]
+    for corpus in (said, [*said, *others[:5]], [*others, *said]):
+        found = {document.name: split for split, document in split_documents(corpus) if document in said}
+        assert found == {document.name: document.split for document in said}
+    with pytest.raises(DataError, match="split is 'test'; wanted 'train', 'held_out' or None"):
+        Document("a", "n", "s", "prose", split="test")
+
+
+def test_marked_documents_are_never_cut():
+    marked = Document("prefix suffix middle", "n", "s", "code", marks=((0, "<|code_prefix|>"), (7, "<|code_suffix|>")))
+    assert [document for _, document in split_documents([marked])] == [marked]
+
+
+def test_a_small_corpus_joined_with_a_large_one_is_still_split_by_position():
+    small = Corpus.from_documents([Document("a novel, " * 100, "novel", "s", "prose")])
+    large = Corpus.from_documents(Document(f"text {i}", str(i), "s", "code") for i in range(1000))
+    joined = Corpus.joined([small.with_splits(), large])
+    novel = {split: len(document.text) for split, document in split_documents(joined) if document.name == "novel"}
+    assert novel == {"train": 810, "held_out": 90}
+    assert len(list(joined)) == 1002
+    assert Corpus.joined([small, large]).identity != Corpus.joined([large, small]).identity
+
+
+def test_the_identity_of_documents_in_memory_says_their_splits_and_marks():
+    def identity(**more) -> dict:
+        return Corpus.from_documents([Document("abc", "n", "s", "code", **more)]).identity
+
+    kinds = [{}, {"split": "train"}, {"split": "held_out"}, {"marks": ((0, "<|code_prefix|>"),)}]
+    assert len({str(identity(**more)) for more in kinds}) == 4

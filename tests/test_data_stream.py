@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minglm.data.packing import Ring
 from minglm.data.shards import Dataset, Split
 from minglm.data.stream import Batch, StreamError, TokenStream, held_out_batches
 
@@ -30,6 +31,10 @@ def dataset_of(lengths: list[int], domains: list[int] | None = None, fingerprint
         "files": files,
     }
     return Dataset(Path("folder"), manifest, {"train": split, "held_out": split})
+
+
+def pool_of(stream: TokenStream) -> Ring:
+    return stream._pools["all"]
 
 
 def last_tokens(dataset: Dataset) -> torch.Tensor:
@@ -74,8 +79,8 @@ def test_position_and_content_are_independent_of_rank_layout_and_micro_batches(s
 @given(streams(), st.integers(0, 3))
 def test_each_epoch_covers_every_token_once_but_for_the_overlap_of_its_last_sequence_with_its_first(stream, epoch):
     tokens = stream.batch(epoch * stream.sequences_per_epoch, stream.sequences_per_epoch).input_ids
-    seen = torch.bincount(tokens.flatten(), minlength=stream._num_tokens)
-    assert len(seen) == stream._num_tokens
+    seen = torch.bincount(tokens.flatten(), minlength=pool_of(stream).num_tokens)
+    assert len(seen) == pool_of(stream).num_tokens
     assert seen.min() == 1 and seen.max() <= 2
     assert (seen == 2).sum() < stream.sequence_length
 
@@ -83,7 +88,7 @@ def test_each_epoch_covers_every_token_once_but_for_the_overlap_of_its_last_sequ
 @given(streams(), st.integers(0, 100))
 def test_labels_are_the_next_token_of_the_document_and_ignored_at_its_last_one(stream, first):
     batch = stream.batch(first, 5)
-    is_last = torch.isin(batch.input_ids, torch.from_numpy(stream._split.offsets[1:] - 1))
+    is_last = torch.isin(batch.input_ids, torch.from_numpy(pool_of(stream)._split.offsets[1:] - 1))
     assert torch.equal(batch.labels, torch.where(is_last, -100, batch.input_ids + 1))
     assert [tensor.dtype for tensor in vars(batch).values()] == [torch.int64, torch.int64, torch.int32]
 
@@ -91,7 +96,7 @@ def test_labels_are_the_next_token_of_the_document_and_ignored_at_its_last_one(s
 @given(streams(), st.integers(0, 100))
 def test_document_ids_count_from_zero_in_each_row_and_rise_by_one_after_each_last_token(stream, first):
     batch = stream.batch(first, 5)
-    is_last = torch.isin(batch.input_ids, torch.from_numpy(stream._split.offsets[1:] - 1))
+    is_last = torch.isin(batch.input_ids, torch.from_numpy(pool_of(stream)._split.offsets[1:] - 1))
     assert (batch.document_ids[:, 0] == 0).all()
     assert torch.equal(batch.document_ids.diff(dim=1), is_last[:, :-1].int())
 
@@ -102,7 +107,7 @@ def test_a_resumed_stream_goes_on_as_the_undisturbed_one_within_and_across_epoch
         stream.next(count)
     state = stream.state_dict()
     goes_on = [stream.next(count) for count in after]
-    resumed = TokenStream(dataset_of(list(stream._split.lengths)), "train", stream.sequence_length, state["seed"])
+    resumed = TokenStream(dataset_of(list(pool_of(stream)._split.lengths)), "train", stream.sequence_length, state["seed"])
     resumed.load_state_dict(state)
     assert equal(rows(goes_on), rows([resumed.next(count) for count in after]))
     assert resumed.state_dict() == stream.state_dict()

@@ -589,11 +589,14 @@ def with_options(recipe: Recipe, arguments: list[str]) -> Recipe:
     return recipe
 
 
-@pytest.mark.parametrize("model, gpus", [("nano", 8), ("mini", 16), ("mini", 64), ("glm-4.5", 512)])
-def test_the_printed_command_is_one_that_torchrun_and_the_trainer_take(model, gpus, known_options):
+@pytest.mark.parametrize(
+    "model, gpus, tokens", [("nano", 8, 2**16), ("mini", 16, 2**19), ("mini", 64, 2**19), ("glm-4.5", 512, 2**26)]
+)
+def test_the_printed_command_is_one_that_torchrun_and_the_trainer_take(model, gpus, tokens, known_options):
     config = GLMConfig.from_toml(ROOT / "configs" / "model" / f"{model}.toml")
-    made = plan(Setting(config, GPUS["h100"], Workload(2048), 2**19), gpus, dp=1, ep=4)  # three different numbers
+    made = plan(Setting(config, GPUS["h100"], Workload(2048), tokens), gpus, dp=1, ep=4)  # three different numbers
     text = launch(made, f"configs/model/{model}.toml")
+    assert "Not before" not in text
     words = shlex.split(re.search(r"^  torchrun ((?:.*\\\n)*.*)", text, re.M)[1].replace("\\\n", " "))
     arguments = check_torchrun(words, known_options)
     layout = made.chosen.layout
@@ -607,6 +610,12 @@ def test_the_printed_command_is_one_that_torchrun_and_the_trainer_take(model, gp
         check(recipe, layout)
         assert recipe.training.sequences_per_step * recipe.training.sequence_length == made.tokens_per_step
         assert recipe.hardware.activation_checkpointing
+
+
+def test_a_plan_that_does_not_fit_the_recipes_stages_says_so():
+    config = GLMConfig.from_toml(ROOT / "configs" / "model" / "glm-4.5.toml")
+    made = plan(Setting(config, GPUS["h100"], Workload(2048), 2**19), 512, dp=1, ep=4)
+    assert "Not before this is changed in configs/recipe/glm-4.5.toml" in launch(made, "configs/model/glm-4.5.toml")
 
 
 @pytest.mark.parametrize("script", ["one_node.sh", "node.sh", "slurm.sbatch"])

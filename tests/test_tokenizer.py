@@ -231,6 +231,18 @@ def test_a_batch_encodes_as_its_texts_do_in_order():
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
+NUMBERS = train_tokenizer([f"{n} + {n * n} = {n + n * n}, 19{n % 100:02}\n" for n in range(2000)], 400, show_progress=False)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from([TOKENIZER, NUMBERS]), st.lists(st.one_of(TEXT, st.integers(0).map(str)), max_size=5).map("".join))
+@example(NUMBERS, "1234567, 1999 and 12")
+def test_each_digit_is_an_id_of_its_own_in_what_we_train(tokenizer, text):
+    """Numbers are all that NUMBERS has seen, and still it has no id for two digits."""
+    parts = [tokenizer.decode([id], errors="ignore") for id in tokenizer.encode(text)]
+    assert [part for part in parts if any(c in "0123456789" for c in part)] == [c for c in text if c in "0123456789"]
+
+
 @pytest.mark.parametrize("texts, vocab_size, reached", [(TEXTS, 700, 700), (["low lower"], 700, None), ([], 288, 288)])
 def test_specials_follow_the_ordinary_ids_in_published_order(texts, vocab_size, reached):
     tokenizer = train_tokenizer(texts, vocab_size, show_progress=False)

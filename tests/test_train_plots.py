@@ -54,6 +54,17 @@ def test_the_overview_changes_with_the_records(tmp_path):
     assert images[0].shape == images[1].shape and not np.array_equal(*images)
 
 
+def test_stages_and_domains_are_marked(tmp_path):
+    images = []
+    stages = [{"step": step, "kind": "stage", "name": f"stage {step}"} for step in (8, 20)]
+    domains = [{"step": 8, "kind": "domain", "domain": name, "bits_per_byte": 3.0} for name in ("prose", "code")]
+    for index, marks in enumerate(([], stages, stages + domains)):
+        path = Path(tmp_path, f"{index}.png")
+        plot_overview(records(20) + marks, path)
+        images.append(imread(path))
+    assert not np.array_equal(images[0], images[1]) and not np.array_equal(images[1], images[2])
+
+
 def test_nothing_is_drawn_before_the_first_step(tmp_path):
     plot_overview(records(0), tmp_path / "overview.png")
     assert not (tmp_path / "overview.png").exists()

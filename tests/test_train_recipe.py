@@ -84,7 +84,7 @@ def test_a_saved_recipe_names_every_key(tmp_path):
     [
         (("steps = 10", "step = 10"), r"recipe.toml: training: unknown key 'step'; the nearest known key is 'steps'"),
         (("steps = 10", 'steps = "10"'), r"training: steps = '10': wanted a whole number"),
-        (("steps = 10", ""), r"key 'steps' is missing"),
+        (("steps = 10", ""), r"training.steps = 0: wanted 1 or more, or stages"),
         (("steps = 10", "steps = 0"), r"steps = 0: wanted 1 or more"),
         (("[training]", "[trainning]"), r"unknown key 'trainning'; the nearest known key is 'training'"),
         (("sequences_per_step = 8", "sequences_per_step = 6"), r"sequences_per_step = 6: wanted a multiple of .* = 4"),

@@ -21,7 +21,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -32,9 +32,10 @@ from minglm.checkpoint import sha256_of, write_folder_atomically
 from minglm.data.sources import HELD_OUT, TRAIN, Corpus, DataError, Document, split_documents
 from minglm.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1  # raise it when the files, or what `sources` makes of the same packages, change
+FORMAT_VERSION = 2  # raise it when the files, or what `sources` makes of the same packages, change
 MANIFEST = "manifest.json"
 SPLITS = (TRAIN, HELD_OUT)
+MOST_DOMAINS = 256  # a document's domain is one byte
 
 _BATCH_CHARACTERS = 1_000_000  # tokenised at a time: enough to keep all threads busy
 _PIECE_CHARACTERS = 100_000
@@ -242,15 +243,14 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, folder: Path, identity: dict, s
         bar = stack.enter_context(tqdm(desc="tokenise", unit="B", unit_scale=True, disable=not progress))
         writers = {split: stack.enter_context(closing(_SplitWriter(folder, split, shard_tokens))) for split in SPLITS}
         for batch in _batches(split_documents(corpus)):
-            encoded = _encode([document.text for _, document in batch], tokenizer)
+            encoded = _encode([document for _, document in batch], tokenizer)
             for (split, document), ids in zip(batch, encoded, strict=True):
-                if document.domain not in domains:
-                    domains.append(document.domain)
-                text = document.text.encode()
                 tokens = np.array([*ids, tokenizer.end_of_document_id], dtype)
-                writers[split].add(text, tokens, domains.index(document.domain))
-                sources.setdefault(document.source, _Tally()).add(text, tokens)
-                bar.update(len(text))
+                writers[split].add(document, tokens, _index_of(document.domain, domains))
+                tally = sources.setdefault(document.source, _Tally())
+                before = tally.bytes
+                tally.add(document, tokens)
+                bar.update(tally.bytes - before)
         if not sources:
             raise DataError("there are no documents to prepare")
         for writer in writers.values():
@@ -285,11 +285,49 @@ def _batches(documents: Iterable[tuple[str, Document]]) -> Iterator[list[tuple[s
         yield batch
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer) -> list[list[int]]:
-    """Ids of each text. Long texts are encoded in pieces, so that one big file keeps all threads busy, too."""
-    pieces = [list(_pieces(text)) for text in texts]
+def _index_of(domain: str, domains: list[str]) -> int:
+    """Where the domain is in the list, to which a new one is added."""
+    if domain not in domains:
+        if len(domains) == MOST_DOMAINS:
+            raise DataError(f"the documents have more than {MOST_DOMAINS} domains, {domain!r} among them; wanted fewer")
+        domains.append(domain)
+    return domains.index(domain)
+
+
+def _encode(documents: list[Document], tokenizer: Tokenizer) -> list[list[int]]:
+    """Ids of each document. Long texts are encoded in pieces, so that one big file keeps all threads busy, too."""
+    pieces = [[piece for stretch in _stretches(document) for piece in _pieces(stretch)] for document in documents]
     encoded = iter(tokenizer.encode_batch(list(chain.from_iterable(pieces)), os.cpu_count() or 1))
-    return [list(chain.from_iterable(islice(encoded, len(parts)))) for parts in pieces]
+    ids = []
+    for document, parts in zip(documents, pieces, strict=True):
+        if document.marks:
+            ids.append(_with_marks(document, encoded, tokenizer))
+        else:
+            ids.append(list(chain.from_iterable(islice(encoded, len(parts)))))
+    return ids
+
+
+def _stretches(document: Document) -> list[str]:
+    """The text cut at its marks."""
+    offsets = [0, *(offset for offset, _ in document.marks), len(document.text)]
+    return [document.text[start:end] for start, end in pairwise(offsets)]
+
+
+def _with_marks(document: Document, encoded: Iterator[list[int]], tokenizer: Tokenizer) -> list[int]:
+    """The encoded pieces of a document, special tokens between its stretches."""
+    specials = []
+    for _, name in document.marks:
+        if name not in tokenizer.special_ids:
+            raise DataError(
+                f"{document.source}, {document.name}: marked with {name!r}, which is no special token of the tokenizer; "
+                f"it has {', '.join(tokenizer.special_ids)}. Use another tokenizer, or documents without this mark"
+            )
+        specials.append(tokenizer.special_ids[name])
+    ids: list[int] = []
+    for number, stretch in enumerate(_stretches(document)):
+        ids += specials[number - 1 : number] if number else []
+        ids += chain.from_iterable(islice(encoded, sum(1 for _ in _pieces(stretch))))
+    return ids
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -303,18 +341,19 @@ def _pieces(text: str) -> Iterator[str]:
 
 @dataclass
 class _Tally:
-    """How much was read, and the SHA-256 over the SHA-256 of each text."""
+    """How much was read, and the SHA-256 over the SHA-256 of each text with its marks."""
 
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
     sha256: "hashlib._Hash" = field(default_factory=hashlib.sha256)
 
-    def add(self, text: bytes, tokens: np.ndarray) -> None:
+    def add(self, document: Document, tokens: np.ndarray) -> None:
+        text = document.text.encode()
         self.documents += 1
         self.bytes += len(text)
         self.tokens += len(tokens)
-        self.sha256.update(hashlib.sha256(text).digest())
+        self.sha256.update(hashlib.sha256(text).digest() + json.dumps(document.marks).encode())
 
     def summary(self) -> dict[str, object]:
         return {**vars(self), "sha256": self.sha256.hexdigest()}
@@ -332,7 +371,7 @@ class _SplitWriter:
         self.file: BinaryIO | None = None  # the shard being written
         self.room = 0  # tokens that it still takes
 
-    def add(self, text: bytes, tokens: np.ndarray, domain: int) -> None:
+    def add(self, document: Document, tokens: np.ndarray, domain: int) -> None:
         if self.file is None:
             self.shards.append(f"{self.split}-{len(self.shards):05}.bin")
             self.file = (self.folder / self.shards[-1]).open("wb")
@@ -341,7 +380,7 @@ class _SplitWriter:
         self.room -= len(tokens)
         if self.room <= 0:
             self.close()
-        self.tally.add(text, tokens)
+        self.tally.add(document, tokens)
         self.offsets.append(self.offsets[-1] + len(tokens))
         self.domains.append(domain)
 

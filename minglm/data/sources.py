@@ -50,8 +50,12 @@ class DataError(ValueError):
 class Document:
     """One text.
 
-    `name` says where it is from within its `source`; `domain` is "prose" or "code". `group` is set where a document
-    must go to the same split as its siblings: the module that a source file or a docstring belongs to.
+    `name` says where it is from within its `source`; `domain` is what mixtures give weights to: "prose", "code" or any
+    other name. `group` is set where a document must go to the same split as its siblings: the module that a source file or
+    a docstring belongs to. `split` is set where a document says itself which one it belongs to ("train", "held_out").
+
+    `marks` are the special tokens within the document: (offset, name) puts the token `name` before the character
+    text[offset]. Special tokens come from marks alone: their names in `text` are text like any other.
     """
 
     text: str
@@ -59,6 +63,18 @@ class Document:
     source: str
     domain: str
     group: str | None = None
+    split: str | None = None
+    marks: tuple[tuple[int, str], ...] = ()
+
+    def __post_init__(self):
+        """Raises DataError for another split, and for marks that are out of order or outside the text."""
+        if self.split not in (None, TRAIN, HELD_OUT):
+            raise DataError(f"{self.source}, {self.name}: split is {self.split!r}; wanted {TRAIN!r}, {HELD_OUT!r} or None")
+        offsets = [offset for offset, _ in self.marks]
+        if offsets != sorted(offsets) or (offsets and not 0 <= offsets[0] <= offsets[-1] <= len(self.text)):
+            raise DataError(
+                f"{self.source}, {self.name}: marks stand at {offsets}; wanted rising offsets from 0 to {len(self.text)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -75,10 +91,16 @@ class Corpus:
     def __iter__(self) -> Iterator[Document]:
         seen: set[bytes] = set()
         for document in self.read():
-            digest = _digest(document.text)
+            digest = _digest(document.text) + _digest(json.dumps(document.marks))
             if digest not in seen and not _is_blank(document.text):
                 seen.add(digest)
                 yield document
+
+    @classmethod
+    def joined(cls, corpora: Iterable["Corpus"]) -> "Corpus":
+        """The documents of all of them, one corpus after the other."""
+        corpora = tuple(corpora)
+        return cls(lambda: itertools.chain.from_iterable(corpora), {"joined": [corpus.identity for corpus in corpora]})
 
     @classmethod
     def from_documents(cls, documents: Iterable[Document]) -> "Corpus":
@@ -88,7 +110,12 @@ class Corpus:
         for document in documents:
             for field in (document.text, document.name, document.source, document.domain, document.group or ""):
                 content.update(_digest(field))
+            content.update(_digest(json.dumps([document.split, document.marks])))
         return cls(lambda: documents, {"documents": len(documents), "sha256": content.hexdigest()})
+
+    def with_splits(self) -> "Corpus":
+        """The same text, each document saying its split: joined with others, a small corpus is still split by position."""
+        return Corpus(lambda: (replace(document, split=split) for split, document in split_documents(self)), self.identity)
 
     def in_memory(self) -> "Corpus":
         """The same corpus, read now and kept: for a corpus that is read more than once and is small."""
@@ -108,13 +135,15 @@ def _is_blank(text: str) -> bool:
 
 
 def split_of(document: Document) -> str:
-    """The split of a document: by a hash of its content, one in 50 is "held_out", the rest is "train".
+    """The split of a document: its own `split`, or by a hash of its content: one in 50 is "held_out", the rest is "train".
 
     Documents with a `group` go by a hash of the group's name instead, so that code is held out by whole modules of the
     standard library (`csv`, `asyncio`) and whole modules or sub-packages of other packages (`networkx.readwrite`),
     together with their docstrings: no held-out docstring stands in a training file. The choice depends on nothing else,
     so it is the same on every machine, and stays when documents are added.
     """
+    if document.split is not None:
+        return document.split
     digest = _digest(f"{HELD_OUT_SALT} {document.text if document.group is None else document.group}")
     return HELD_OUT if int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0 else TRAIN
 
@@ -124,7 +153,7 @@ def split_documents(documents: Iterable[Document]) -> Iterator[tuple[str, Docume
 
     A corpus of at least 500 documents is split by document (`split_of`). In a smaller one (a novel, a folder of notes)
     one in 50 could be none, so each document is split by position: the first 90% of its characters train, the last 10%
-    are held out.
+    are held out. Documents that say their own split stay whole, and so do those with marks, which hold for a whole text.
     """
     documents = iter(documents)
     first = list(itertools.islice(documents, FEWEST_TO_SPLIT_BY_DOCUMENT))
@@ -133,6 +162,9 @@ def split_documents(documents: Iterable[Document]) -> Iterator[tuple[str, Docume
             yield split_of(document), document
         return
     for document in first:
+        if document.split or document.marks:
+            yield split_of(document), document
+            continue
         cut = int(len(document.text) * TRAIN_SHARE_WITHIN_DOCUMENT)
         for split, text in ((TRAIN, document.text[:cut]), (HELD_OUT, document.text[cut:])):
             if text:
@@ -178,14 +210,14 @@ def _distributions() -> dict[str, importlib.metadata.Distribution]:
 
 def _docstrings(package: str | None) -> Iterator[Document]:
     source = f"docstrings/{package or 'standard_library'}"
-    for module, text in _python_files(package):
+    for module, text in source_files(package):
         for name, docstring in _docstrings_of(text, module):
             yield Document(docstring, name, source, "prose", _group(module, package))
 
 
 def _docstrings_of(text: str, module: str) -> list[tuple[str, str]]:
     """(dotted name, docstring) of everything that `text` defines and describes at length."""
-    with _without_garbage_collector(), warnings.catch_warnings():
+    with without_garbage_collector(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes in other people's strings are not ours to report
         try:
             tree = ast.parse(text)
@@ -196,7 +228,7 @@ def _docstrings_of(text: str, module: str) -> list[tuple[str, str]]:
 
 
 @contextmanager
-def _without_garbage_collector() -> Iterator[None]:
+def without_garbage_collector() -> Iterator[None]:
     """A syntax tree has no cycles, but its many nodes set the collector off, which then walks all that torch imported:
     half the time of reading docstrings."""
     enabled = gc.isenabled()
@@ -221,7 +253,7 @@ def _definitions(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
 
 def _code(package: str | None) -> Iterator[Document]:
     source = f"code/{package or 'standard_library'}"
-    for module, text in _python_files(package):
+    for module, text in source_files(package):
         digits = sum(map(text.count, "0123456789\\"))
         if digits <= LARGEST_DIGIT_SHARE * len(text):
             yield Document(text, module, source, "code", _group(module, package))
@@ -240,7 +272,7 @@ _LEFT_OUT_FOLDERS = frozenset(
 )
 
 
-def _python_files(package: str | None) -> Iterator[tuple[str, str]]:
+def source_files(package: str | None = None) -> Iterator[tuple[str, str]]:
     """(dotted module name, text) of each source file, sorted; `package` None is the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"]) if package is None else _package_folder(package)
     prefix = () if package is None else (package,)

@@ -1,6 +1,6 @@
 """Does it help? A grid of variants of one recipe, each over several seeds, judged on the same held-out documents.
 
-    python -m minglm ablate nano --vary optimizer.kind=muon,adamw --vary optimizer.learning_rate=2e-3,4e-3 --seeds 1 2 3
+    python -m minglm ablate text --vary optimizer.kind=muon,adamw --vary optimizer.learning_rate=2e-3,4e-3 --seeds 1 2 3
 
 Noise between seeds is larger than many an "improvement" (nanochat's log: 0.251 to 0.268 over seven equal runs), so every
 number comes with its 95% interval. Killed, the same command goes on: every run is an ordinary run folder.

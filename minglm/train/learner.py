@@ -4,6 +4,7 @@
 processes: the step is the same, and where it needs a number of all of them it asks `sum_over_ranks`.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -21,6 +22,7 @@ from minglm.model import GLM, DecoderLayer, LossTotals
 from minglm.optim import MuonAdamW, build_optimizer
 from minglm.train.device import Device
 from minglm.train.recipe import Recipe
+from minglm.train.stages import PlannedStage
 
 
 class Learner:
@@ -34,6 +36,7 @@ class Learner:
         The optimiser starts afresh: `load` brings it to where the checkpoint was.
         """
         self.recipe, self.device = recipe, device
+        self.stage = recipe.plan().stages[0]
         torch.manual_seed(recipe.seed)
         self.model = self._make_model(config, checkpoint).train()
         self.model.activation_checkpointing = recipe.hardware.activation_checkpointing
@@ -44,13 +47,18 @@ class Learner:
                 if isinstance(module, DecoderLayer):
                     module.compile()
 
+    def enter(self, stage: PlannedStage) -> None:
+        """Take what follows by the stage's weights and rates, with its RoPE base; checkpoints carry the base."""
+        self.stage = stage
+        self.model.config = dataclasses.replace(self.model.config, rope_theta=stage.rope_theta)
+
     def step(self, batches: Sequence[Batch], learning_rate_factor: float) -> Tensor:
         """One optimiser step on this rank's micro-batches; nothing in it makes the host wait for the device.
 
         learning_rate_factor: the part of the peak rate to use. Returns fp32 numbers on the device, of all ranks together:
         total, lm, mtp and balance loss, gradient norm before clipping, and the maximal violation of each MoE layer.
         """
-        training = self.recipe.training
+        stage = self.stage
         # Each micro-batch is divided by what the whole step holds, so that together they are exactly one big batch.
         counts = [self.model.count_targets(batch.labels, batch.document_ids) for batch in batches]
         totals = self.sum_over_ranks(torch.stack([torch.stack(count) for count in counts]).sum(0))
@@ -61,8 +69,8 @@ class Learner:
                     batch.input_ids,
                     batch.labels,
                     batch.document_ids,
-                    mtp_weight=training.mtp_weight,
-                    balance_weight=training.balance_weight,
+                    mtp_weight=stage.mtp_weight,
+                    balance_weight=stage.balance_weight,
                     totals=LossTotals(*totals),
                 )
             loss.total.backward()
@@ -74,7 +82,7 @@ class Learner:
         self.optimizer.zero_grad()
         self.model.expert_load.copy_(self.sum_over_ranks(self.model.expert_load))
         self.expert_load = self.model.expert_load.clone()
-        max_violation = self.model.update_router_bias(training.router_bias_rate)
+        max_violation = self.model.update_router_bias(stage.router_bias_rate)
         return torch.cat([self.sum_over_ranks(losses), gradient_norm[None], max_violation])
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:

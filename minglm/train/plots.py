@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 BLUE, ORANGE, GREEN, RED, GREY = "#3b6fb6", "#e08a1e", "#3f9b6b", "#c8443c", "#8a8f98"
+DOMAIN_COLORS = (BLUE, ORANGE, GREEN, RED, "#7d5ba6", "#4aa3a2", "#a8763e", "#c25b9a", "#6b7a2a", "#1c2f4f", "#b8a04a")
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -41,13 +42,19 @@ def plot_overview(records: Records, path: str | Path, title: str = "") -> None:
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
         FigureCanvasAgg(figure)  # draws without a screen
         figure.suptitle(title, fontweight="bold", fontsize=13, x=0.01, ha="left")
+        stages = _of_kind(records, "stage")
         grid = figure.add_gridspec(3, 3)
-        _plot_losses(figure.add_subplot(grid[0, :2]), steps, held_out)
-        _plot_bits_per_byte(figure.add_subplot(grid[0, 2]), held_out)
+        losses = figure.add_subplot(grid[0, :2])
+        _plot_losses(losses, steps, held_out)
+        bits = figure.add_subplot(grid[0, 2])
+        _plot_bits_per_byte(bits, held_out, _of_kind(records, "domain"))
         _plot_learning_rate(figure.add_subplot(grid[1, 0]), steps)
         _plot_gradient_norm(figure.add_subplot(grid[1, 1]), steps)
         _plot_speed(figure.add_subplot(grid[1, 2]), steps)
         _plot_max_violation(figure.add_subplot(grid[2, 0]), steps)
+        for axes in figure.axes:
+            if axes.get_xlabel() == "step":
+                _mark_stages(axes, stages, named=axes is losses)
         if router:
             _plot_expert_load(figure.add_subplot(grid[2, 1]), router[-1])
             _plot_bias(figure.add_subplot(grid[2, 2]), router[-1])
@@ -67,8 +74,34 @@ def _plot_losses(axes: Axes, steps: Records, held_out: Records) -> None:
     _finish_steps(axes)
 
 
-def _plot_bits_per_byte(axes: Axes, held_out: Records) -> None:
+def _mark_stages(axes: Axes, stages: Records, named: bool) -> None:
+    """A line where each stage ends, and its name before it."""
+    start = 0
+    for stage in stages:
+        axes.axvline(stage["step"], color=GREY, lw=0.8, ls=(0, (2, 3)), zorder=0)
+        if named:
+            middle = (start + stage["step"]) / 2
+            axes.annotate(
+                stage["name"],
+                (middle, 0),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                color=GREY,
+            )
+        start = stage["step"]
+
+
+def _plot_bits_per_byte(axes: Axes, held_out: Records, domains: Records) -> None:
     axes.set_title("held-out bits per byte")
+    for index, name in enumerate(dict.fromkeys(record["domain"] for record in domains)):
+        ends = [record for record in domains if record["domain"] == name]
+        style = {"color": DOMAIN_COLORS[index % len(DOMAIN_COLORS)], "ms": 3, "lw": 1, "label": name}
+        axes.plot(_column(ends, "step"), _column(ends, "bits_per_byte"), "o--", **style)
+    if domains:
+        axes.legend(loc="lower left", fontsize=7, ncols=2)
     x, y = _column(held_out, "step"), _column(held_out, "bits_per_byte")
     axes.plot(x, y, "o-", color="black", ms=4)
     if len(y):

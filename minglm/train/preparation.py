@@ -7,16 +7,9 @@ from pathlib import Path
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset, prepare
-from minglm.data.sources import (
-    TRAIN,
-    Corpus,
-    DataError,
-    default_documents,
-    documents_from_path,
-    embedded_documents,
-    split_documents,
-)
+from minglm.data.sources import TRAIN, Corpus, DataError, split_documents
 from minglm.tokenizer import Tokenizer, train_tokenizer
+from minglm.train.ingredients import corpus_of
 from minglm.train.recipe import Recipe
 
 TRAINED_FROM = "trained_from.json"
@@ -34,7 +27,7 @@ def prepare_data(recipe: Recipe, run_folder: Path) -> tuple[Tokenizer, Dataset]:
     from something else, and whatever `minglm.data` and `minglm.tokenizer` have to say about unfit files.
     """
     folder = recipe.data.folder or run_folder / "data"
-    corpus = _read_corpus(recipe)
+    corpus = corpus_of(recipe.data)
     tokenizer = _get_tokenizer(recipe, corpus, folder / "tokenizer")
     if tokenizer.vocab_size > recipe.model.vocab_size:
         raise VocabularyError(
@@ -42,14 +35,6 @@ def prepare_data(recipe: Recipe, run_folder: Path) -> tuple[Tokenizer, Dataset]:
             f"least as many (--model.vocab-size {tokenizer.vocab_size}), or another tokenizer"
         )
     return tokenizer, prepare(corpus, tokenizer, folder / "tokens")
-
-
-def _read_corpus(recipe: Recipe) -> Corpus:
-    if recipe.data.path:
-        return documents_from_path(recipe.data.path)
-    sources = recipe.data.sources
-    # Small, and slow to read: the tokenizer and the shards share one reading.
-    return (embedded_documents(*sources) if sources else default_documents()).in_memory()
 
 
 def _get_tokenizer(recipe: Recipe, corpus: Corpus, folder: Path) -> Tokenizer:
@@ -60,6 +45,7 @@ def _get_tokenizer(recipe: Recipe, corpus: Corpus, folder: Path) -> Tokenizer:
         "documents": corpus.identity,
         "tokenizer": recipe.tokenizer,
         "vocab_size": None if characters else recipe.model.vocab_size,
+        "digits": "each an id",
     }
     if folder.exists():
         _check_trained_from(identity, folder)

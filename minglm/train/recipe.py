@@ -8,12 +8,15 @@ Nothing here needs torch.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from minglm.config import ConfigError, GLMConfig, build, read_toml_mapping
+from minglm.train.stages import Plan, Stage, plan
+from minglm.train.stages import require as _require
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -28,20 +31,49 @@ class Data:
     """Own text instead of the sources: a file, a folder or JSONL. In a recipe file it starts from that file's folder."""
     folder: Path | None = None
     """Where the tokenizer and the tokens are kept, for several runs to share; by default in the run folder."""
+    ingredients: tuple[str, ...] = ()
+    """What fills the domains that stages mix, beside sources or path, where they are named; see minglm.train.ingredients."""
+    datasets: Mapping[str, str] = field(default_factory=dict)
+    """Domain -> a dataset of the Hugging Face Hub that fills it, streamed: "owner/name:configuration@revision#column", of
+    which only the name must be given (column: text); needs the package datasets."""
+    characters: int = 4_000_000
+    """Of text that each ingredient takes from the embedded sources at most; 0: all."""
+    fim_rate: float = 0.5
+    """The share of source files that are cut into pieces with a middle to fill in."""
+    fim_characters: int = 600
+    """Of the longest of these pieces: about 2.5 times the tokens of a sequence."""
+    repository_characters: int = 3000
+    """Of the longest document of a repository, about."""
+    documents: int = 1000
+    """Of each ingredient that is made of problems."""
+    thinking_share: float = 0.5
+    """The share of them with worked solutions."""
+    levels: int = 4
+    """Difficulties of each family of problems, from the easiest on; 0: all."""
+    long_levels: tuple[int, ...] = (3, 4, 5, 6)
+    """Difficulties of long documents, all equally likely: 3 is 600 characters, each next one twice as many."""
+
+    def __post_init__(self) -> None:
+        for key, most in (("fim_rate", 1), ("thinking_share", 1), ("levels", math.inf), ("characters", math.inf)):
+            _require(0 <= getattr(self, key) <= most, key, getattr(self, key), "0 to 1" if most == 1 else "0 or more")
+        for key in ("fim_characters", "repository_characters", "documents"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
 
 
 @dataclass(frozen=True)
 class Training:
     """How much of it, in which portions, and the weights of the losses."""
 
-    steps: int
-    """Optimiser steps."""
     sequence_length: int
     """Tokens in a sequence."""
     sequences_per_step: int
     """The batch, once it is warmed up."""
     sequences_per_micro_batch: int
     """So many go through the model at once; gradients add up over a step. Bounds the memory, changes nothing else."""
+    steps: int = 0
+    """Optimiser steps; none where there are stages, which say their tokens."""
+    scale: float = 1.0
+    """A longer or shorter run: times the steps, or the tokens of every stage, and with them the warm-ups."""
     first_sequences_per_step: int = 0
     """The batch at step 1, where it is warmed up."""
     batch_warmup_steps: int = 0
@@ -54,18 +86,15 @@ class Training:
     """Step of loss-free balancing; 0 freezes the bias."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "sequence_length", "sequences_per_step", "sequences_per_micro_batch"):
+        for key in ("sequence_length", "sequences_per_step", "sequences_per_micro_batch"):
             _require(getattr(self, key) > 0, key, getattr(self, key), "1 or more")
-        for key in ("batch_warmup_steps", "mtp_weight", "balance_weight", "router_bias_rate"):
+        _require(self.scale > 0, "scale", self.scale, "above 0")
+        for key in ("steps", "batch_warmup_steps", "mtp_weight", "balance_weight", "router_bias_rate"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         micro = self.sequences_per_micro_batch
         multiple = f"a multiple of sequences_per_micro_batch = {micro}"
         _require(self.sequences_per_step % micro == 0, "sequences_per_step", self.sequences_per_step, multiple)
-        if self.batch_warmup_steps:
-            first = self.first_sequences_per_step
-            fits = first % micro == 0 and 0 < first <= self.sequences_per_step
-            _require(fits, "first_sequences_per_step", first, f"{multiple}, up to sequences_per_step")
-        else:
+        if not self.batch_warmup_steps:
             _require(not self.first_sequences_per_step, "batch_warmup_steps", 0, "how long first_sequences_per_step grows")
 
 
@@ -180,7 +209,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a training run. The tables are one training stage."""
+    """Everything that decides a training run."""
 
     model: GLMConfig
     """The architecture. In a file: the name of a size in configs/model, a path from the file's folder, or a table."""
@@ -197,23 +226,16 @@ class Recipe:
     samples: Samples = field(default_factory=Samples)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     hardware: Hardware = field(default_factory=Hardware)
+    stages: tuple[Stage, ...] = ()
+    """One after the other, [[stages]] in a file; none: a single one of training.steps steps on all that there is."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2**63 - 1")
-        length, longest = self.training.sequence_length, self.model.max_position_embeddings
-        _require(length <= longest, "training.sequence_length", length, f"at most model.max_position_embeddings = {longest}")
-        moving = self.schedule.warmup_steps + self.schedule.decay_steps
-        _require(
-            moving <= self.training.steps,
-            "schedule.warmup_steps",
-            self.schedule.warmup_steps,
-            f"with decay_steps = {self.schedule.decay_steps} at most training.steps = {self.training.steps}",
-        )
+        self.plan()
 
-
-def _require(holds: bool, key: str, found: object, wanted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{key} = {found!r}: wanted {wanted}")
+    def plan(self) -> Plan:
+        """Which stage has which steps, and all that it leaves out."""
+        return plan(self)
 
 
 # ---------------------------------------------------------------------------------------------------- reading, writing
@@ -272,21 +294,23 @@ def find_config(kind: Literal["model", "recipe"], name_or_path: str | Path, fold
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
     """Write the recipe as TOML with every key; `load_recipe` reads it back equal."""
     values = _to_mapping(recipe)
+    stages = values.pop("stages")
     plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
     lines = ["# The recipe of this run as resolved. `python -m minglm train` takes it, too."]
     lines += [f"{key} = {_toml(value)}" for key, value in plain.items()]
-    for name, table in tables.items():
-        lines += ["", f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
+    listed = [(f"[{name}]", table) for name, table in tables.items()] + [("[[stages]]", stage) for stage in stages]
+    for heading, table in listed:
+        lines += ["", heading, *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def differences(found: Recipe, wanted: Recipe) -> Iterator[str]:
     """One line for each key that differs, as `table.key: found ..., wanted ...`."""
     ours, theirs = _flat(_to_mapping(found)), _flat(_to_mapping(wanted))
-    for key in ours:
-        if ours[key] != theirs[key]:
-            yield f"{key}: found {ours[key]!r}, wanted {theirs[key]!r}"
+    for key in ours | theirs:
+        if ours.get(key) != theirs.get(key):
+            yield f"{key}: found {ours.get(key)!r}, wanted {theirs.get(key)!r}"
 
 
 def _to_mapping(recipe: Recipe) -> dict[str, Any]:
@@ -300,6 +324,9 @@ def _to_mapping(recipe: Recipe) -> dict[str, Any]:
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in mapping.items():
+        if key == "stages":
+            flat["stages"] = [stage["name"] for stage in value]
+            value = {stage["name"]: stage for stage in value}
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
 
@@ -308,6 +335,8 @@ def _toml(value: object) -> str:
     """A value as TOML writes it, which for all that a recipe holds is as JSON or Python does."""
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml(key)} = {_toml(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")  # the one character JSON lets through
     return json.dumps(value) if isinstance(value, bool) else repr(value)

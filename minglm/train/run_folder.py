@@ -12,6 +12,7 @@ A checkpoint has its name only when it is complete (`minglm.checkpoint.write_fol
 import os
 import re
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from minglm.config import ConfigError
@@ -63,10 +64,20 @@ class RunFolder:
         self.metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         return None
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints; 0 keeps all."""
+    def prune(self, keep: int, borders: Collection[int] = ()) -> None:
+        """Delete all but the newest `keep` checkpoints, and those after the steps `borders`; 0 keeps all."""
+        kept = {self.checkpoint(step) for step in borders}
         for folder in self.checkpoints()[:-keep] if keep else []:
-            # Under another name first, so that a kill in between leaves no half checkpoint that looks like a whole one.
-            doomed = folder.with_name(f".{folder.name}.deleted")
-            os.replace(folder, doomed)
-            shutil.rmtree(doomed)
+            if folder not in kept:
+                self.delete(folder)
+
+    def delete(self, checkpoint: Path) -> None:
+        # Under another name first, so that a kill in between leaves no half checkpoint that looks like a whole one.
+        doomed = checkpoint.with_name(f".{checkpoint.name}.deleted")
+        os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed)
+
+    def stage_checkpoints(self) -> dict[str, Path]:
+        """The checkpoint at the end of each stage of the run's recipe, by the stage's name; of stages that have ended."""
+        borders = {stage.name: self.checkpoint(stage.last_step) for stage in load_recipe(self.config).plan().stages}
+        return {name: folder for name, folder in borders.items() if (folder / STATE).is_file()}

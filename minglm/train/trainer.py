@@ -20,20 +20,21 @@ from tqdm import tqdm
 
 from minglm import ops
 from minglm.data.shards import Dataset
-from minglm.data.sources import TRAIN
-from minglm.data.stream import TokenStream, held_out_batches
-from minglm.params import count
+from minglm.data.stream import Batch, held_out_batches
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import Device, choose_device
 from minglm.train.held_out import evaluate_held_out, share_of_rank
 from minglm.train.learner import Learner
 from minglm.train.metrics import MetricsFile, read_metrics
+from minglm.train.mixture import describe, held_out_domains, make_stream
 from minglm.train.plots import plot_overview
 from minglm.train.prefetch import Prefetcher
 from minglm.train.preparation import encode_prompts, prepare_data
 from minglm.train.recipe import Recipe, resolve_paths
 from minglm.train.run_folder import RunFolder
 from minglm.train.schedule import learning_rate_factor, micro_batches_at
+from minglm.train.span import WHOLE_RUN, Span, check_tokenizer
+from minglm.train.stages import PlannedStage
 from minglm.train.state import read_state, write_state
 from minglm.train.stop import StopRequest
 
@@ -56,32 +57,38 @@ class Outcome:
 
 
 def train(
-    recipe: Recipe, run_folder: str | Path, generate: Callable[..., list[list[int]]] | None = None, must_resume: bool = False
+    recipe: Recipe,
+    run_folder: str | Path,
+    generate: Callable[..., list[list[int]]] | None = None,
+    must_resume: bool = False,
+    span: Span = WHOLE_RUN,
 ) -> Outcome:
     """Train by `recipe` in `run_folder`, going on from its newest checkpoint if it has any.
 
     generate: what writes the samples, `minglm.engine.generate.generate`; without it there are none. (Engines build on this
-    room, so it does not import them.) must_resume: refuse to start at the beginning.
+    room, so it does not import them.) must_resume: refuse to start at the beginning. span: only some of the stages.
 
     SIGINT or SIGTERM: the step is finished and saved, and the outcome says so; a second one ends the process at once.
 
     Raises `ConfigError` for a recipe that does not fit the machine, its own data or the run folder, `TrainingDiverged`,
     and what `minglm.data`, `minglm.tokenizer` and `minglm.checkpoint` raise for files that cannot be used.
     """
-    recipe = resolve_paths(recipe)
+    recipe = span.share_data(resolve_paths(recipe))
     folder = RunFolder(run_folder)
     device = choose_device(recipe.hardware)
-    checkpoint = folder.open(recipe, must_resume)
+    checkpoint, last_step = span.open(folder, recipe, must_resume)
     print(f"run folder: {folder.path} (recipe, metrics, plots, checkpoints)")
     print(f"device: {device}")
     tokenizer, dataset = prepare_data(recipe, folder.path)
+    if checkpoint is not None:
+        check_tokenizer(checkpoint, tokenizer)
     with ExitStack() as stack:
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
         trainer = stack.enter_context(
             closing(Trainer(recipe, folder, device, tokenizer, dataset, checkpoint, generate=generate))
         )
-        return trainer.run(stop)
+        return trainer.run(stop, last_step)
 
 
 class Trainer:
@@ -99,46 +106,54 @@ class Trainer:
         generate: Callable[..., list[list[int]]] | None = None,
     ):
         """At the beginning, or as of `checkpoint`. Where several ranks train together, the first alone writes and prints."""
-        training = recipe.training
         self.recipe, self.folder, self.device, self.tokenizer = recipe, folder, device, tokenizer
-        self.generate = generate
-        self.step = self.tokens = 0
+        self.plan, self.dataset, self.generate = recipe.plan(), dataset, generate
+        self.step = self.tokens = self.tokens_read = 0
         self.seconds_before = 0.0  # that this run took in processes which were stopped or killed
 
         # What other programs read from config.json: where the model's turn ends, and what fills up a batch.
         ids = {"eos_token_id": list(tokenizer.end_of_turn_ids), "pad_token_id": tokenizer.end_of_document_id}
         config = replace(recipe.model, unused={**recipe.model.unused, **ids})
+        # Before anything is allocated, of every stage: a run must not end after days because the last one lacks data.
+        self.streams = [make_stream(recipe, stage, dataset) for stage in self.plan.stages]
+        self.prompts = encode_prompts(recipe.samples.prompts, tokenizer)
         self.learner = make_learner(recipe, config, device, checkpoint)
         self.model, self.is_first = self.learner.model, self.learner.rank == 0
-        stream = TokenStream(dataset, TRAIN, training.sequence_length, recipe.seed)
-        held_out = held_out_batches(
-            dataset, training.sequence_length, training.sequences_per_micro_batch, recipe.evaluation.tokens
-        )
-        self.held_out = share_of_rank(list(held_out), self.learner.rank, self.learner.ranks)
         self.byte_lengths = torch.from_numpy(tokenizer.token_byte_lengths()).to(device.torch_device)
-        self.prompts = encode_prompts(recipe.samples.prompts, tokenizer)
 
         self.metrics = MetricsFile(folder.metrics, enabled=self.is_first)
         self.unread: list[tuple[dict[str, Any], Tensor]] = []  # records of steps whose numbers are still on the device
         self.bits_per_byte = math.nan
-        if checkpoint is not None:
-            self._restore(checkpoint, stream)
+        state = None if checkpoint is None else self._restore(checkpoint)
+        self.stream: Prefetcher | None = None
+        self._enter(self.plan.at(min(self.step + 1, self.plan.steps)), state)
         if self.is_first:
-            self._describe(stream.sequences_per_epoch)
-        self.stream = Prefetcher(
-            stream, training.sequences_per_micro_batch, device.torch_device, self.learner.rank, self.learner.ranks
-        )
+            describe(self.plan, self.streams, recipe, self.model, tokenizer)
 
     def close(self) -> None:
-        self.stream.close()
+        if self.stream is not None:
+            self.stream.close()
 
-    def run(self, stop: StopRequest) -> Outcome:
-        """Train to the last step, or until `stop` has a signal."""
-        recipe, last = self.recipe, self.recipe.training.steps
+    def _enter(self, stage: PlannedStage, state: dict[str, Any] | None = None) -> None:
+        """Begin a stage, or go on in the middle of it from the state of a checkpoint."""
+        self.close()
+        self.stage = stage
+        self.learner.enter(stage)
+        stream = self.streams[stage.number]
+        if state is not None and stage.border < self.step < stage.last_step:
+            stream.load_state_dict(state["stream"])
+        self.stream = Prefetcher(
+            stream, stage.sequences_per_micro_batch, self.device.torch_device, self.learner.rank, self.learner.ranks
+        )
+        self.held_out = self._held_out(self.recipe.evaluation.tokens)
+
+    def run(self, stop: StopRequest, last: int | None = None) -> Outcome:
+        """Train to the last step, or that of an earlier stage, or until `stop` has a signal."""
+        recipe, last = self.recipe, last or self.plan.steps
         stopped_by = None
 
         def due(every: int) -> bool:
-            return self.step == last or (every > 0 and self.step % every == 0)
+            return self.plan.is_border(self.step) or (every > 0 and self.step % every == 0)
 
         self.start = time.perf_counter() - self.seconds_before
         self.read_at = self.drawn_at = self.seconds_before
@@ -160,6 +175,8 @@ class Trainer:
                     stopped_by = self.learner.agree(stop.signal)
                 if due(recipe.evaluation.every):
                     self.evaluate()
+                if self.recipe.stages and self.plan.is_border(self.step):
+                    self.end_stage()
                 if self.generate is not None and due(recipe.samples.every):
                     self.write_samples()
                 if due(recipe.checkpoints.every) or stopped_by is not None:
@@ -173,14 +190,15 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimiser step; its numbers stay on the device until `read_metrics`."""
-        training = self.recipe.training
+        if self.step == self.stage.last_step:
+            self._enter(self.plan.at(self.step + 1))
         self.step += 1
         batches = [self.stream.next() for _ in range(self._micro_batches(self.step))]
         factor = self._learning_rate_factor()
         numbers = self.learner.step(batches, factor)
 
-        sequences = len(batches) * training.sequences_per_micro_batch * self.learner.ranks
-        self.tokens += sequences * training.sequence_length
+        sequences = len(batches) * self.stage.sequences_per_micro_batch * self.learner.ranks
+        self.tokens += sequences * self.stage.sequence_length
         record = {"step": self.step, "kind": "step", "tokens": self.tokens, "sequences": sequences}
         record["learning_rate"] = factor * self.recipe.optimizer.learning_rate
         self.unread.append((record, numbers))
@@ -200,6 +218,28 @@ class Trainer:
             router = {"expert_share": share.tolist(), "bias": bias.tolist()}
             self.metrics.write({"step": self.step, "kind": "router", **router})
         self.read_at = self._seconds()  # not the training's time
+
+    def end_stage(self) -> None:
+        """Record that a stage has ended, and the held-out loss of each domain, at the stage's sequence length."""
+        self.read_metrics()
+        stage = self.stage
+        self.metrics.write({"step": self.step, "kind": "stage", "name": stage.name, "sequence_length": stage.sequence_length})
+        domains = self.dataset.domains
+        for domain in domains:
+            batches = self._held_out(max(1, self.recipe.evaluation.tokens // len(domains)), domain)
+            if not batches:
+                continue
+            held_out = evaluate_held_out(self.model, batches, self.byte_lengths, self.device, self.learner.sum_over_ranks)
+            self.metrics.write({"step": self.step, "kind": "domain", "domain": domain, **asdict(held_out)})
+        self.read_at = self._seconds()  # not the training's time
+
+    def _held_out(self, tokens: int, domain: str | None = None) -> list[Batch]:
+        """This rank's share of the first held-out tokens (of a domain: none if it has none)."""
+        stage = self.stage
+        if domain is not None and domain not in held_out_domains(self.dataset):
+            return []
+        batches = held_out_batches(self.dataset, stage.sequence_length, stage.sequences_per_micro_batch, tokens, domain)
+        return share_of_rank(list(batches), self.learner.rank, self.learner.ranks)
 
     def write_samples(self) -> None:
         """Let the model continue each prompt, always with the same draws: what changes from sample to sample is the model."""
@@ -243,7 +283,7 @@ class Trainer:
                 self.tokenizer.save_pretrained(aside)
                 write_state(state, aside)
         if self.is_first:
-            self.folder.prune(self.recipe.checkpoints.keep)
+            self.folder.prune(self.recipe.checkpoints.keep, {stage.last_step for stage in self.plan.stages})
         self.read_at = self._seconds()  # not the training's time
 
     def draw(self) -> None:
@@ -252,11 +292,11 @@ class Trainer:
             plot_overview(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
         self.read_at = self.drawn_at = self._seconds()
 
-    def _restore(self, checkpoint: Path, stream: TokenStream) -> None:
+    def _restore(self, checkpoint: Path) -> dict[str, Any]:
+        """Return the state, of which the place in the data is still to be restored."""
         state = read_state(checkpoint)
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
-        self.bits_per_byte = state["bits_per_byte"]
-        stream.load_state_dict(state["stream"])
+        self.tokens_read, self.bits_per_byte = self.tokens, state["bits_per_byte"]
         self.learner.load(checkpoint, state)
         torch.set_rng_state(state["rng"])
         if len(state["cuda_rng"]) == torch.cuda.device_count():
@@ -264,6 +304,7 @@ class Trainer:
         self.metrics.cut_back(self.step)
         if self.is_first:
             print(f"resuming: {checkpoint}")
+        return state
 
     def read_metrics(self) -> None:
         """Fetch the numbers of the steps since the last time, check and write them, and show the newest."""
@@ -274,7 +315,8 @@ class Trainer:
         rows = torch.stack(numbers).tolist()  # the host waits for the device here
         now = self._seconds()
         seconds_each = (now - self.read_at) / len(records)
-        tokens_per_second = sum(r["sequences"] for r in records) * self.recipe.training.sequence_length / (now - self.read_at)
+        tokens_per_second = (records[-1]["tokens"] - self.tokens_read) / (now - self.read_at)
+        self.tokens_read = records[-1]["tokens"]
         good = []
         for record, (loss, lm, mtp, balance, gradient_norm, *max_violation) in zip(records, rows, strict=True):
             parts = {"lm loss": lm, "mtp loss": mtp, "balance loss": balance, "gradient norm": gradient_norm}
@@ -302,23 +344,22 @@ class Trainer:
 
     def _micro_batches(self, step: int) -> int:
         """Of this rank."""
-        training = self.recipe.training
-        at_once = training.sequences_per_micro_batch * self.learner.ranks
+        at_once = self.stage.sequences_per_micro_batch * self.learner.ranks
         return micro_batches_at(
             step,
-            training.sequences_per_step // at_once,
-            training.first_sequences_per_step // at_once,
-            training.batch_warmup_steps,
+            self.stage.sequences_per_step // at_once,
+            self.plan.first_sequences_per_step // at_once,
+            self.plan.batch_warmup_steps,
         )
 
     def _learning_rate_factor(self) -> float:
         schedule = self.recipe.schedule
         return learning_rate_factor(
             self.step,
-            self.recipe.training.steps,
+            self.plan.steps,
             schedule.kind,
-            schedule.warmup_steps,
-            schedule.decay_steps,
+            self.plan.warmup_steps,
+            self.plan.decay_steps,
             schedule.final_fraction,
         )
 
@@ -329,21 +370,4 @@ class Trainer:
             f"{newest or 'none: there was no save before'}. What may help, in another run folder: a lower "
             f"optimizer.learning_rate (now {self.recipe.optimizer.learning_rate:g}), a longer schedule.warmup_steps "
             f"(now {self.recipe.schedule.warmup_steps})"
-        )
-
-    def _describe(self, sequences_per_epoch: int) -> None:
-        """Say what will be done."""
-        recipe, training = self.recipe, self.recipe.training
-        steps = range(1, training.steps + 1)
-        sequences = training.sequences_per_micro_batch * self.learner.ranks * sum(map(self._micro_batches, steps))
-        parameters = count(recipe.model).total
-        print(
-            f"model: {parameters:,} parameters, {recipe.model.num_hidden_layers} layers, "
-            f"{recipe.model.n_routed_experts} experts of which a token uses {recipe.model.num_experts_per_tok}, "
-            f"{'an' if self.model.mtp else 'no'} MTP layer, {self.tokenizer.vocab_size:,} token ids"
-        )
-        print(
-            f"training: {training.steps:,} steps of {training.sequences_per_step} sequences of "
-            f"{training.sequence_length} tokens, {sequences * training.sequence_length:,} tokens in all "
-            f"({sequences / sequences_per_epoch:.2f} times the data), {recipe.optimizer.kind}"
         )

@@ -1,0 +1,204 @@
+"""The command `eval`: judge checkpoints, or all stages of a run, in one table.
+
+python -m minglm eval runs/nano                      every stage of the run, a column each
+python -m minglm eval runs/a/checkpoints/step-600 my/model --suite needle
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from minglm.config import ConfigError
+
+if TYPE_CHECKING:
+    from minglm.data.shards import Dataset
+    from minglm.evals.measure import Results
+    from minglm.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Judge models on held-out documents and problems: a table with 95% intervals, a column for each model or stage."""
+
+    models: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_OR_CHECKPOINT")]
+    """Run folders (each stage of the run is a column) and folders of models: ours or published, with their tokenizer."""
+    suite: str = "base"
+    """base, chat or all; or parts: bits, completion, fim, names, needle, likelihood, families, chat, joined by commas."""
+    limit: int = 16
+    """Problems of each family and mode; the other parts ask in proportion."""
+    seed: int = 0
+    """Which problems and documents."""
+    levels: int = 2
+    """Of each family's difficulties, from the easiest on."""
+    families: tuple[str, ...] = ()
+    """Only these families (by default all)."""
+    window: int | None = None
+    """Tokens of a held-out document read at once (by default those of the run's first stage, or 512)."""
+    data: Path | None = None
+    """A folder prepared by training, or own text, for held-out documents (by default the run's own)."""
+    out: Path | None = None
+    """Where everything is written (by default eval-SUITE in the first one's run folder, or in runs/)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps; bf16 where a GPU has it, fp32 elsewhere."""
+    again: bool = False
+    """Judge anew what was judged before with the same options."""
+
+
+def run_eval(command: Eval) -> int:
+    """Judge every model, write results.json of each, a table and a picture. -> 0."""
+    from minglm.evals.measure import table
+    from minglm.evals.needle import plot_grids
+    from minglm.evals.suite import parts_of
+
+    parts = parts_of(command.suite)
+    columns = find_columns(command.models)
+    out = command.out or _place(command.suite, *next(iter(columns.values())))
+    print(f"eval: {', '.join(columns)}; suite {command.suite} ({', '.join(parts)}); everything is written to {out}\n")
+    out.mkdir(parents=True, exist_ok=True)
+    results = {label: _judged(command, label, folder, run, out) for label, (folder, run) in columns.items()}
+    text = table(results)
+    (out / "table.md").write_text(text + "\n", encoding="utf-8")
+    made = [out / "table.md", *(out / f"{_file_name(label)}.json" for label in columns)]
+    grids = {label: one.details["needle"] for label, one in results.items() if "needle" in one.details}
+    if grids:
+        for what in ("chosen", "exact"):
+            made.append(out / f"needle-{what}.png")
+            plot_grids(grids, made[-1], what)
+    print(f"\n{text}\n\nintervals are 95%; bold: better than chance; ▲ ▼: better or worse than the column before, item by item")
+    print(f"made: {', '.join(map(str, made))}")
+    return 0
+
+
+def find_columns(models: Sequence[Path]) -> dict[str, tuple[Path, Path | None]]:
+    """Label -> model folder, and the run folder that it belongs to. Raises `ConfigError` for what holds no model."""
+    from minglm.train.run_folder import RunFolder
+
+    if not models:
+        raise ConfigError("eval: wanted a run folder or a folder of a model")
+    found: dict[str, tuple[Path, Path | None]] = {}
+    for path in models:
+        prefix = f"{path.resolve().name}: " if len(models) > 1 else ""
+        if (path / "config.json").is_file():
+            is_step = path.resolve().parent.name == "checkpoints"
+            run = path.resolve().parents[1] if is_step else None
+            found[f"{run.name}: {path.resolve().name}" if run else path.resolve().name] = (path, run)
+            continue
+        run = RunFolder(path)
+        newest = run.newest_checkpoint()
+        if newest is None:
+            raise ConfigError(f"eval: found no checkpoint in {path}; wanted a folder with config.json, or a run folder")
+        stages = run.stage_checkpoints()
+        if newest not in stages.values():
+            stages[newest.name] = newest
+        found |= {prefix + label: (folder, path) for label, folder in stages.items()}
+    return found
+
+
+def _place(suite: str, folder: Path, run: Path | None) -> Path:
+    """Beside the run's other files; never inside a model's folder."""
+    name = f"eval-{suite.replace(',', '+')}"
+    return run / name if run else Path("runs", f"{name}-{folder.resolve().name}")
+
+
+def _judged(command: Eval, label: str, folder: Path, run: Path | None, out: Path) -> "Results":
+    """The results of one model; those of an earlier call with the same options are read."""
+    import torch
+
+    from minglm.checkpoint import load_model
+    from minglm.evals.measure import Results
+    from minglm.evals.suite import evaluate
+    from minglm.tokenizer import Tokenizer
+    from minglm.train.device import choose_device
+    from minglm.train.recipe import Hardware
+
+    path = out / f"{_file_name(label)}.json"
+    options = _options(command, folder, run)
+    if path.is_file() and not command.again:
+        known = Results.load(path)
+        if known.details.get("options") == options:
+            print(f"{label}: judged before, {path}")
+            return known
+    tokenizer = Tokenizer.from_pretrained(folder)
+    dataset = find_dataset(command.data, run, tokenizer, out)
+    device = choose_device(Hardware(device=command.device))
+    model = load_model(folder, torch.bfloat16 if device.bf16 else torch.float32, device.torch_device).eval()
+    results = evaluate(
+        model,
+        tokenizer,
+        dataset,
+        command.suite,
+        command.limit,
+        command.seed,
+        label=label,
+        window=options["window"],
+        levels=command.levels,
+        families_asked=command.families or None,
+        progress=True,
+    )
+    results.details["options"] = options
+    results.save(path)
+    return results
+
+
+def _options(command: Eval, folder: Path, run: Path | None) -> dict[str, Any]:
+    """Everything that decides the results."""
+    from minglm.config import GLMConfig
+    from minglm.evals.suite import SHORTEST_WINDOW, WINDOW
+
+    positions = GLMConfig.from_pretrained(folder).max_position_embeddings
+    window = command.window or min(max(first_length(run) or WINDOW, SHORTEST_WINDOW), positions)
+    written = max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
+    return {
+        "model": str(folder.resolve()),
+        "weights_written": written,
+        "suite": command.suite,
+        "limit": command.limit,
+        "seed": command.seed,
+        "levels": command.levels,
+        "families": list(command.families),
+        "window": window,
+        "data": str(command.data) if command.data else None,
+    }
+
+
+def first_length(run: Path | None) -> int | None:
+    """The sequence length of a run's first stage: what all its stages have learnt, so that their windows compare."""
+    from minglm.train.recipe import load_recipe
+    from minglm.train.run_folder import RunFolder
+
+    if run is None or not RunFolder(run).config.is_file():
+        return None
+    return load_recipe(RunFolder(run).config).plan().stages[0].sequence_length
+
+
+def find_dataset(data: Path | None, run: Path | None, tokenizer: "Tokenizer", out: Path) -> "Dataset | None":
+    """The held-out documents: of a prepared folder, of own text (prepared in `out`), or of the run's data.
+
+    None, with a word about it, where none are given and the model belongs to no run.
+    """
+    from minglm.data.shards import MANIFEST, open_dataset, prepare
+    from minglm.data.sources import documents_from_path
+
+    if data is not None and not (data / MANIFEST).is_file() and not (data / "tokens" / MANIFEST).is_file():
+        return prepare(documents_from_path(data), tokenizer, out / f"data-{tokenizer.fingerprint[:12]}")
+    folder = data or _data_of(run)
+    if folder is None:
+        print("no held-out documents: the model belongs to no run; --data names a prepared folder or own text")
+        return None
+    return open_dataset(folder if (folder / MANIFEST).is_file() else folder / "tokens", tokenizer)
+
+
+def _data_of(run: Path | None) -> Path | None:
+    from minglm.train.recipe import load_recipe
+    from minglm.train.run_folder import RunFolder
+
+    if run is None or not RunFolder(run).config.is_file():
+        return None
+    return load_recipe(RunFolder(run).config).data.folder or run / "data"
+
+
+def _file_name(label: str) -> str:
+    return "".join(character if character.isalnum() or character in "-_." else "-" for character in label)

@@ -1,0 +1,123 @@
+"""Long documents: lengths, depths, and answers that the text alone gives."""
+
+import random
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minglm.tasks.general import LongDocument, needle_document, recall, recall_text
+from minglm.tasks.general.long_document import DIALS, MOST_CANDIDATES
+from minglm.tasks.general.passages import LONGEST_FILLER, TOWNS, passage
+from minglm.tasks.task import TaskError
+from minglm.tasks.text import prompt_text, read_answer
+
+seeds = st.integers(0, 2**32)
+
+
+def answer_by_text(text: str) -> str:
+    """What the text alone says."""
+    document, question = text.rsplit("\n", 1)
+    codes = {town: int(code) for town, code in re.findall(r"The code of (\w+) is (\d{4})\.", document)}
+    bells = [int(number) for number in re.findall(r"The tower of \w+ has (\d) bells\.", document)]
+    if "largest" in question:
+        return max(codes, key=codes.get)
+    if "How many towns" in question:
+        return str(len(codes))
+    if "bells" in question:
+        return str(sum(bells))
+    return ", ".join(str(codes[word]) for word in re.findall(r"\w+", question) if word in codes)
+
+
+@given(seeds, st.sampled_from(range(1, 7)))
+def test_the_text_alone_gives_the_answer(seed, difficulty):
+    problem = LongDocument.sample(random.Random(seed), difficulty)
+    assert problem.answer == answer_by_text(problem.messages[0]["content"])
+
+
+@given(seeds, st.integers(150, 20_000), st.floats(0, 1), st.integers(1, 3), st.integers(0, 1))
+@settings(max_examples=60)
+def test_a_document_has_the_wanted_length_and_the_needle_its_depth(seed, characters, depth, needles, others):
+    characters += 100 * needles
+    problem = needle_document(random.Random(seed), characters, depth, needles, others)
+    content = problem.messages[0]["content"]
+    assert characters - LONGEST_FILLER - 1 <= len(content) <= characters
+    facts = re.findall(r"The code of \w+ is \d{4}\.", problem.document)
+    assert len(facts) == needles + others and problem.answer == answer_by_text(content)
+    # Of the filler, about the share `depth` stands before some asked needle.
+    fillers = [len(part) for part in re.split(r" ?The code of \w+ is \d{4}\. ?", problem.document)]
+    before = [sum(fillers[: index + 1]) for index in range(len(facts))]
+    asked = [place for place, fact in zip(before, facts, strict=True) if fact.split()[3] in problem.asked]
+    assert min(abs(place - depth * sum(fillers)) for place in asked) <= LONGEST_FILLER
+
+
+@given(seeds)
+def test_filler_holds_neither_digits_nor_towns(seed):
+    text = passage(random.Random(seed), 2_000, [])
+    assert not re.search(r"\d|\n", text) and not set(re.findall(r"\w+", text)) & set(TOWNS)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_depth_0_is_the_beginning_and_depth_1_the_end(depth):
+    document = needle_document(random.Random(0), 500, depth).document
+    assert document.startswith("The code of") if depth == 0 else document.split(". ")[-1].startswith("The code of")
+
+
+def test_a_harder_document_is_longer_and_stays_within_its_dial():
+    rng = random.Random(1)
+    for difficulty, (characters, kinds, _) in DIALS.items():
+        seen = set()
+        for _ in range(60):
+            problem = LongDocument.sample(rng, difficulty)
+            seen.add(problem.kind)
+            assert characters - LONGEST_FILLER <= len(problem.messages[0]["content"]) <= characters
+        assert seen == set(kinds)
+
+
+@given(seeds, st.sampled_from(range(1, 7)))
+def test_candidates_are_the_answer_and_different_wrong_ones(seed, difficulty):
+    rng = random.Random(seed)
+    problem = LongDocument.sample(rng, difficulty)
+    found = problem.candidates(rng, MOST_CANDIDATES)
+    assert len(set(found)) == MOST_CANDIDATES
+    rewards = [problem.verify([{"role": "assistant", "content": candidate}]).reward for candidate in found]
+    assert rewards == [1.0] + [0.0] * (MOST_CANDIDATES - 1)
+
+
+def test_a_code_of_another_town_is_the_first_wrong_candidate():
+    problem = needle_document(random.Random(2), 600, 0.5, others=1)
+    [other] = [str(code) for town, code in problem.facts if town not in problem.asked]
+    assert problem.candidates(random.Random(3), 2) == [problem.answer, other]
+
+
+def test_all_needles_of_a_document_are_asked_for_in_a_row():
+    problem = needle_document(random.Random(4), 800, 0.3, needles=2, others=3)
+    questions = recall(problem)
+    assert {question.asked[0]: int(question.answer) for question in questions} == dict(problem.facts)
+    assert {question.document for question in questions} == {problem.document}
+    for thinking in (False, True):
+        text = recall_text(problem, thinking)
+        assert text.startswith(prompt_text(questions[0])) and text.count(problem.document) == 1
+        *asked, rest = text.split("\n\n")
+        assert rest == "" and len(asked) == len(questions)
+        for question, block in zip(questions, asked, strict=True):
+            answer = block[block.index("\n", block.index("What is the code of")) + 1 :]
+            assert question.verify(read_answer(answer)) == (1.0, ())
+    with pytest.raises(TaskError, match="sum"):
+        recall(LongDocument("", "sum", (), (("Tavira", 3),)))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((1_000, 1.5), "depth = 1.5: wanted 0"),
+        ((1_000, -0.1), "depth = -0.1"),
+        ((40, 0.5), "facts alone have"),
+        ((1_000, 0.5, 0), "needles = 0"),
+        ((9_000, 0.5, 2, len(TOWNS)), "at most 40 facts"),
+    ],
+)
+def test_documents_that_cannot_be_are_refused_with_the_reason(arguments, message):
+    with pytest.raises(TaskError, match=message):
+        needle_document(random.Random(0), *arguments)
