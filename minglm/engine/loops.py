@@ -8,7 +8,7 @@ Shapes: n tokens of any number of sequences, side by side; h hidden, d head, e e
 expert, r = n * k rows, one for each token and expert of it, sorted by expert.
 
 numba keeps what it has compiled beside this file or in the user's cache directory, so that only the first run waits for it
-(about 15 seconds). All compiled functions stand in this one file, because a change to it makes numba compile them again.
+(up to half a minute). All compiled functions stand in this one file, because a change to it makes numba compile them again.
 """
 
 from typing import NamedTuple
