@@ -111,7 +111,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Bench:
-    """Speed of a training step on this machine, beside transformers' model and our naive gear, as ratios."""
+    """Speed of training, data and decoding on this machine, beside transformers' model and our naive gear, as ratios."""
 
     sizes: tuple[Literal["nano", "tiny"], ...] = ("nano", "tiny")
     repeats: int | None = None

@@ -1,5 +1,5 @@
 """How fast this machine trains: minglm beside Hugging Face's `Glm4MoeForCausalLM`, as ratios from one run. (How fast it
-writes: `bench_decoding`.)
+writes: `bench_decoding`; how fast it makes data: `bench_data`.)
 
 Speeds differ from machine to machine and from minute to minute, so every number is a median over repeats in which the
 contestants take turns, next to the matrix-product peak that was measured in the same minute. All contestants start from
@@ -249,12 +249,15 @@ def report(result: dict) -> str:
 
 
 def main(sizes: tuple[str, ...], out: Path | None, repeats: int | None = None) -> None:
-    """Run and print training and decoding at `sizes`; with `out`, also append the results there, one JSON object a line."""
-    from minglm import bench_decoding
+    """Run and print training, data and decoding at `sizes`; with `out`, append the results there, one JSON object a line."""
+    from minglm import bench_data, bench_decoding
 
     for size in sizes:
         result = run(size, repeats=repeats)
-        print(report(result) + "\n")
+        print(report(result))
+        step_seconds = result["tokens_per_step"] / result["tokens_per_second"]["minglm, Muon"]
+        result |= bench_data.run(WORKLOADS[size], step_seconds)
+        print(bench_data.report(result) + "\n")
         result |= bench_decoding.run(size, repeats=repeats or 3)
         print(bench_decoding.report(result) + "\n")
         if out is not None:

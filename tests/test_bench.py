@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from minglm import bench, bench_decoding, shakespeare
+from minglm import bench, bench_data, bench_decoding, shakespeare
 from minglm.config import ConfigError
 
 
@@ -61,6 +61,17 @@ def test_the_memory_of_a_step_is_measured_in_a_process_of_its_own():
     workload = bench.Workload("nano", sequences=1, length=32, repeats=1)
     weights_gradients_and_moments = 4 * 4 * 2_297_216
     assert weights_gradients_and_moments < bench.peak_memory("minglm, AdamW", workload) < 10 * weights_gradients_and_moments
+
+
+def test_data_is_prepared_and_dealt_at_a_speed_that_is_a_share_of_a_step():
+    workload = bench.Workload("nano", sequences=4, length=64, repeats=1)
+    data, other = (bench_data.run(workload, seconds, repeats=1, text_bytes=200_000) for seconds in (10.0, 1e-6))
+    assert 200_000 <= data["preparation_bytes"] < 500_000 and data["preparation_bytes_per_second"] > 1e4
+    assert 0 < data["dealing_seconds"] < 1 and data["dealing_share"] == pytest.approx(data["dealing_seconds"] / 10)
+    assert other["dealing_share"] > 1
+    preparation, dealing = bench_data.report(data | {"dealing_seconds": 0.0125, "dealing_share": 0.04}).splitlines()
+    assert preparation.startswith("data preparation: ") and f"{data['preparation_threads']} threads" in preparation
+    assert "12.50 ms a batch of 4 x 64 tokens" in dealing and "4.0% of a training step (wanted below 3%)" in dealing
 
 
 @pytest.fixture(scope="module")

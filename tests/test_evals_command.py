@@ -127,6 +127,7 @@ def test_a_models_folder_alone_is_judged_with_and_without_own_text(tmp_path, cap
         (["mine", "--window", "9999"], "a window of 32 to 512 tokens"),
         (["mine", "--families", "arithmetik"], "wanted some of arithmetic"),
         (["mine", "--data", "other/tokens"], "of another tokenizer|fingerprint"),
+        (["sharded"], "found no .*safetensors in sharded; .* scale.export"),
     ],
 )
 def test_what_cannot_be_judged_is_refused_in_a_sentence(arguments, complaint, tmp_path, run, capsys, monkeypatch):
@@ -135,6 +136,7 @@ def test_what_cannot_be_judged_is_refused_in_a_sentence(arguments, complaint, tm
     fresh(tokenizer).save_pretrained(tmp_path / "mine")
     tokenizer.save_pretrained(tmp_path / "mine")
     shutil.copytree(run / "data", tmp_path / "other")
+    shutil.copytree(tmp_path / "mine", tmp_path / "sharded", ignore=shutil.ignore_patterns("*.safetensors"))
     try:
         code = main(["eval", *arguments])
     except SystemExit as stopped:  # the command line itself

@@ -3,8 +3,10 @@
 import collections
 import re
 
+import numpy as np
 import pytest
 
+from minglm.data.packing import best_fit
 from minglm.data.sources import split_documents
 from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.corpus import TaskCorpus, domain_of
@@ -64,6 +66,15 @@ def test_a_document_holds_problems_of_one_family_up_to_both_limits():
     for document in small(problems_per_document=5, characters=400):
         assert document.text.count(END) <= 5 and document.text.endswith(END)
         assert len(document.text) <= 400 or document.text.count(END) == 1
+
+
+@pytest.mark.parametrize("group", ["agents", "code", "general"])
+def test_documents_are_of_many_lengths_so_that_whole_ones_fill_rows(group):
+    """Rows of half as many characters again as the longest document: two long ones would not fit."""
+    names = [name for name in GROUPS[group] if name != "long_document"]
+    lengths = np.array([len(one.text) for one in TaskCorpus(names, 300, seed=1, difficulties=2, characters=2_000)])
+    rows = best_fit(lengths, 3_000)
+    assert lengths.sum() > 0.95 * 3_000 * (rows.max() + 1)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])

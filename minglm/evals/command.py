@@ -150,7 +150,13 @@ def _options(command: Eval, folder: Path, run: Path | None) -> dict[str, Any]:
 
     positions = GLMConfig.from_pretrained(folder).max_position_embeddings
     window = command.window or min(max(first_length(run) or WINDOW, SHORTEST_WINDOW), positions)
-    written = max(file.stat().st_mtime_ns for file in folder.glob("*.safetensors"))
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(
+            f"eval: found no *.safetensors in {folder}; wanted a Hugging Face folder, which python -m scale.export makes of "
+            "the sharded checkpoint of many ranks"
+        )
+    written = max(file.stat().st_mtime_ns for file in weights)
     return {
         "model": str(folder.resolve()),
         "weights_written": written,

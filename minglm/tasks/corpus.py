@@ -47,7 +47,8 @@ class TaskCorpus(Corpus):
             difficulties: of each family by name; one number n for the n easiest of every family; None for all. A family
                 that the mapping lacks has all.
             problems_per_document: at most.
-            characters: at most, unless one problem alone is longer.
+            characters: at most, unless one problem alone is longer. Each document has a limit of its own, drawn from a
+                third of this to all of it: documents of many lengths pack well.
 
         Raises TaskError for names and difficulties that do not exist, and numbers that make no document.
         """
@@ -119,11 +120,13 @@ def _read(
         family = rng.choice(families)
         split = HELD_OUT if number % HELD_OUT_ONE_IN == 0 else TRAIN
         thinking = rng.random() < thinking_share
+        # Were all documents of one length, just over half a row say, best fit could not pack them whole.
+        limit = rng.randint(characters // 3, characters)
         text = ""
         drawn = problems(family, split, rng.getrandbits(62), chosen[family.family])
         for problem in itertools.islice(drawn, problems_per_document):
             more = document(problem, thinking)
-            if text and len(text) + len(more) > characters:
+            if text and len(text) + len(more) > limit:
                 break
             text += more
         name = f"{family.family}/{seed}/{number}"
