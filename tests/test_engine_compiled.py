@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -113,7 +116,10 @@ STEPS = st.lists(st.dictionaries(st.integers(0, 5), st.integers(1, 9), min_size=
 def test_the_loops_equal_the_model(config, seed, block_size, steps):
     model = random_model(config, seed)
     wanted = passes(model, model, block_size, seed, steps)
-    found = passes(CompiledModel(model), model, block_size, seed, steps)
+    assert_close(passes(CompiledModel(model), model, block_size, seed, steps), wanted)
+
+
+def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
@@ -122,6 +128,16 @@ def test_the_loops_equal_the_model(config, seed, block_size, steps):
 
 
 NANO = GLMConfig.from_toml(find_config("model", "nano"))
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_weights_too_large_for_the_caches_are_read_first_and_change_nothing(tokens):
+    wide = {"hidden_size": 256, "intermediate_size": 2304, "moe_intermediate_size": 96, "vocab_size": 4096}
+    model = random_model(dataclasses.replace(NANO, num_hidden_layers=2, **wide), 0)
+    large = [model.model.layers[0].mlp.up_proj.weight, model.model.layers[1].mlp.experts.down_proj, model.lm_head.weight]
+    assert all(weight.numel() >= loops.LARGE for weight in large)
+    steps = [dict.fromkeys(range(12), tokens)] * 2
+    assert_close(passes(CompiledModel(model), model, 16, 0, steps), passes(model, model, 16, 0, steps))
 
 
 def test_two_threads_compute_the_same_and_the_same_bits_again():
@@ -191,6 +207,15 @@ def test_exp_is_right_to_two_units_in_the_last_place(values):
     found = np.array([loops.exp(value) for value in x])
     wanted = np.exp(np.clip(x, np.float32(-87.3), np.float32(88.3)).astype(np.float64))
     np.testing.assert_allclose(found, wanted, rtol=2.5e-7)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_loops_leave_pytorch_its_number_of_threads(threads):
+    """numba starts as many as there are cores, and would tell the OpenMP that both use."""
+    program = "import torch; import minglm.engine.loops; print(torch.get_num_threads())"
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert int(found.stdout) == threads
 
 
 def test_a_forked_child_computes_on_one_thread():

@@ -15,13 +15,17 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
+import torch
 from numba import njit, prange
 from numpy import ndarray
 
 # Sums may be added in another order, which is what lets LLVM use vectors. NaN and infinity keep their meaning.
 OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy", "nogil": True}
-# Starts numba's threads. Compiled code that comes from the cache takes them for granted, and crashes without.
+# Starts numba's threads. Compiled code that comes from the cache takes them for granted, and crashes without. They share
+# OpenMP with PyTorch's, whose number they would raise to that of the cores.
+pytorchs_threads = torch.get_num_threads()
 numba.get_num_threads()
+torch.set_num_threads(pytorchs_threads)
 # Multiplications that are worth a second thread: starting one costs a few microseconds.
 WORTH_A_THREAD = 2**18
 # Weights that do not stay in a core's cache from step to step, in numbers: 2 MB.
