@@ -17,6 +17,8 @@ from pathlib import Path
 
 from minglm.data.sources import HELD_OUT_ONE_IN, Corpus, Document
 from minglm.tasks import FAMILIES, GROUPS
+from minglm.tasks.general.long_document import LongDocument
+from minglm.tasks.general.recall import RECALLED, recall_text
 from minglm.tasks.task import HELD_OUT, TRAIN, Problem, TaskError, problems
 from minglm.tasks.text import document
 
@@ -125,12 +127,19 @@ def _read(
         text = ""
         drawn = problems(family, split, rng.getrandbits(62), chosen[family.family])
         for problem in itertools.islice(drawn, problems_per_document):
-            more = document(problem, thinking)
+            more = _text(problem, thinking)
             if text and len(text) + len(more) > limit:
                 break
             text += more
         name = f"{family.family}/{seed}/{number}"
         yield Document(text, name, f"tasks/{family.family}", domain_of(family.family), split=split)
+
+
+def _text(problem: Problem, thinking: bool) -> str:
+    """A long document is asked for all its codes in a row: one answer would teach too little for so much text."""
+    if isinstance(problem, LongDocument) and problem.kind in RECALLED:
+        return recall_text(problem, thinking)
+    return document(problem, thinking)
 
 
 @functools.cache

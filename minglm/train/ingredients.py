@@ -21,6 +21,7 @@ from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.corpus import DOMAINS, DOMAINS_OF_FAMILIES, TaskCorpus
 from minglm.train.recipe import Data
 
+PROBLEMS = 32  # of a document at most
 PROBLEM_CHARACTERS = 2_000  # of a document of several problems: some 600 tokens of a small vocabulary
 LONG_CHARACTERS = 6_000  # some 1,700
 
@@ -43,6 +44,9 @@ def corpus_of(data: Data) -> Corpus:
     for name in data.ingredients:
         if name not in (*INGREDIENTS, *problems):
             raise ConfigError(f"data.ingredients: {name!r} is none; wanted some of {', '.join((*INGREDIENTS, *problems))}")
+    for family in data.families:
+        if family not in FAMILIES:
+            raise ConfigError(f"data.families: {family!r} is none; wanted some of {', '.join(FAMILIES)}")
     kept: list[Corpus] = []
     text = {name: data.characters for name in data.ingredients if name in INGREDIENTS}
     if text:
@@ -84,11 +88,16 @@ def _dataset(domain: str, where: str) -> Corpus:
 
 
 def _problems(ingredient: str, data: Data) -> Corpus:
-    families, characters = families_of(ingredient), PROBLEM_CHARACTERS
+    families = tuple(name for name in families_of(ingredient) if not data.families or name in data.families)
+    if not families:
+        raise ConfigError(
+            f"data.families: none of ingredient {ingredient!r}; wanted some of {', '.join(families_of(ingredient))}"
+        )
+    characters = PROBLEM_CHARACTERS
     if ingredient in DOMAINS_OF_FAMILIES.values():
         levels = {name: [d for d in data.long_levels if d in FAMILIES[name].difficulties] for name in families}
         characters = LONG_CHARACTERS
     else:
         levels = {name: FAMILIES[name].difficulties[: data.levels or None] for name in families}
     # A seed of the data, not of the run: runs of several seeds share one folder.
-    return TaskCorpus(families, data.documents, 0, data.thinking_share, levels, characters=characters)
+    return TaskCorpus(families, data.documents, 0, data.thinking_share, levels, PROBLEMS, characters)

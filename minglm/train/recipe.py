@@ -44,6 +44,8 @@ class Data:
     """Of the longest of these pieces: about 2.5 times the tokens of a sequence."""
     repository_characters: int = 3000
     """Of the longest document of a repository, about."""
+    families: tuple[str, ...] = ()
+    """Of problems that such ingredients are made of; none: all of theirs. A model learns few families sooner than many."""
     documents: int = 1000
     """Of each ingredient that is made of problems."""
     thinking_share: float = 0.5

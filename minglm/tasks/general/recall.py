@@ -7,6 +7,8 @@ from minglm.tasks.general.long_document import LongDocument
 from minglm.tasks.task import TaskError
 from minglm.tasks.text import answer_text, conversation_text, document
 
+RECALLED = ("needle", "needles")  # the kinds whose documents state codes
+
 
 def recall(problem: LongDocument) -> list[LongDocument]:
     """One question of kind "needle" for each code in the document of a problem of kinds "needle" and "needles": first the
@@ -15,7 +17,7 @@ def recall(problem: LongDocument) -> list[LongDocument]:
     Raises:
         TaskError: a question of another kind.
     """
-    if problem.kind not in ("needle", "needles"):
+    if problem.kind not in RECALLED:
         raise TaskError(f'kind = {problem.kind!r}: wanted "needle" or "needles", whose documents state codes')
     others = [town for town, _ in problem.facts if town != problem.asked[0]]
     random.Random(problem.document).shuffle(others)  # in the document's order, a model could copy without looking for the name
