@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from scale.train import check
 REPORT_TOKENS = 22e12  # of pre-training: 15T general, 7T code and reasoning; report, section 2.3
 
 LABEL, COLUMN = 38, 15  # of a table with four columns: 98 characters
+WIDTH = 99
 ROWS: tuple[tuple[str, Callable[[Memory], int]], ...] = (
     ("weights, fp32", lambda m: m.weights),
     ("gradients, fp32", lambda m: m.gradients),
@@ -284,7 +286,7 @@ def launch(made: Plan, model: str) -> str:
             wanted["training.first_sequences_per_step"] = _first_sequences(made, found)
         options = [_option(key, value) for key, value in wanted.items() if _value(found, key) != value]
         if problem := _problem(found, wanted, made):
-            lines = [f"Not before this is changed in {recipe}, whose stages do not all fit: {problem}", ""]
+            lines = [*textwrap.wrap(f"Not before this is changed in {recipe}, which does not fit: {problem}", WIDTH), ""]
     return "\n".join(lines + (_on_one_node if made.nodes == 1 else _on_many_nodes)(made, recipe, options))
 
 

@@ -30,6 +30,8 @@ torch.set_num_threads(pytorchs_threads)
 WORTH_A_THREAD = 2**18
 # Weights that do not stay in a core's cache from step to step, in numbers: 2 MB.
 LARGE = 2**19
+# Values of activations that are worked on at a time, while all weights pass by: they stay in the nearest caches.
+NEAR = 2**12
 
 
 def compiled(function=None, **options):
@@ -118,16 +120,25 @@ class Places(NamedTuple):
 def add_products(x, x_rows, weight, w_rows, first, last, out, out_rows):
     """out[out_rows[j], o] += x[x_rows[j]] . weight[w_rows[o]], for outputs o from `first` to `last`.
 
-    Four tokens by four outputs at a time: eight loads for sixteen products. Sixteen sums fit a CPU's vector registers.
+    NEAR values of x at a time.
     """
+    step = max(4, NEAR // weight.shape[1] // 4 * 4)
+    for start in range(0, len(x_rows), step):
+        some = slice(start, min(start + step, len(x_rows)))
+        add_products_of(x, x_rows[some], weight, w_rows, first, last, out, out_rows[some])
+
+
+@compiled
+def add_products_of(x, x_rows, weight, w_rows, first, last, out, out_rows):
+    """Four tokens by four outputs at a time: eight loads for sixteen products. Sixteen sums fit a CPU's vector registers."""
     n, width = len(x_rows), weight.shape[1]
     zero = np.float32(0)
     o = first
     while o + 4 <= last:
         p, q, r, s = w_rows[o], w_rows[o + 1], w_rows[o + 2], w_rows[o + 3]
         j = 0
-        while j + 4 <= n:
-            a, b, c, d = x_rows[j], x_rows[j + 1], x_rows[j + 2], x_rows[j + 3]
+        while j + 1 < n:  # where two or three tokens are left, the last one stands for those that are missing
+            a, b, c, d = x_rows[j], x_rows[j + 1], x_rows[min(j + 2, n - 1)], x_rows[min(j + 3, n - 1)]
             ap = aq = ar = as_ = bp = bq = br = bs = cp = cq = cr = cs = dp = dq = dr = ds = zero
             for i in range(width):
                 wp, wq, wr, ws = weight[p, i], weight[q, i], weight[r, i], weight[s, i]
@@ -138,10 +149,12 @@ def add_products(x, x_rows, weight, w_rows, first, last, out, out_rows):
                 dp, dq, dr, ds = dp + xd * wp, dq + xd * wq, dr + xd * wr, ds + xd * ws
             add_four(out, out_rows[j], o, ap, aq, ar, as_)
             add_four(out, out_rows[j + 1], o, bp, bq, br, bs)
-            add_four(out, out_rows[j + 2], o, cp, cq, cr, cs)
-            add_four(out, out_rows[j + 3], o, dp, dq, dr, ds)
+            if j + 2 < n:
+                add_four(out, out_rows[j + 2], o, cp, cq, cr, cs)
+            if j + 3 < n:
+                add_four(out, out_rows[j + 3], o, dp, dq, dr, ds)
             j += 4
-        while j < n:
+        if j < n:
             a = x_rows[j]
             ap = aq = ar = as_ = zero
             for i in range(width):
@@ -153,7 +166,6 @@ def add_products(x, x_rows, weight, w_rows, first, last, out, out_rows):
                     as_ + xa * weight[s, i],
                 )
             add_four(out, out_rows[j], o, ap, aq, ar, as_)
-            j += 1
         o += 4
     while o < last:  # fewer than four are left
         p = w_rows[o]
