@@ -20,14 +20,14 @@ from minglm.tasks.reasoning.calendar_dates import Dates
 from minglm.tasks.reasoning.countdown import Countdown
 from minglm.tasks.reasoning.dates import DAYS, Clock, Weekdays
 from minglm.tasks.reasoning.equations import LinearEquations
-from minglm.tasks.reasoning.exact import Number, reply
+from minglm.tasks.reasoning.exact import Number
 from minglm.tasks.reasoning.formula import FormulaError, Operation, read, steps, value, written
 from minglm.tasks.reasoning.knights import Knights, solutions
 from minglm.tasks.reasoning.modular import ModularArithmetic
 from minglm.tasks.reasoning.ordering import Ordering
 from minglm.tasks.reasoning.science import FORMULAS, QUANTITIES, Science, solved
 from minglm.tasks.reasoning.units import CHAINS, Units
-from minglm.tasks.task import split_of
+from minglm.tasks.task import reply, split_of
 
 REASONING = [FAMILIES[name] for name in GROUPS["reasoning"]]
 every_family = pytest.mark.parametrize("family", REASONING, ids=GROUPS["reasoning"])

@@ -10,6 +10,7 @@ packages. Their versions differ between machines, so a corpus carries an `identi
 """
 
 import ast
+import functools
 import gc
 import hashlib
 import importlib.metadata
@@ -118,9 +119,8 @@ class Corpus:
         return Corpus(lambda: (replace(document, split=split) for split, document in split_documents(self)), self.identity)
 
     def in_memory(self) -> "Corpus":
-        """The same corpus, read now and kept: for a corpus that is read more than once and is small."""
-        documents = tuple(self)
-        return Corpus(lambda: documents, self.identity)
+        """The same corpus, kept from the first reading on: for a corpus that is read more than once and is small."""
+        return Corpus(functools.cache(lambda: tuple(self)), self.identity)
 
 
 def _digest(text: str) -> bytes:

@@ -25,10 +25,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
+from minglm.data.sources import HELD_OUT, TRAIN
+
 Message = dict[str, Any]
 """A message in OpenAI's format: role, content, and for the assistant reasoning_content and tool_calls."""
 
-TRAIN, HELD_OUT = "train", "held_out"
 HELD_OUT_ONE_IN = 5
 
 
@@ -156,6 +157,12 @@ def problems(
             missed += 1
             if missed == 1000:
                 raise TaskError(f"{family.family}, difficulties {chosen}: 1,000 problems drawn, none of split {split!r}")
+
+
+def reply(content: str, thinking: str | None = None) -> list[Message]:
+    """A response of one message; with a worked solution if there is one."""
+    message = {"role": "assistant", "content": content}
+    return [message if thinking is None else {**message, "reasoning_content": thinking}]
 
 
 def final_content(response: Sequence[Message]) -> str:

@@ -8,10 +8,7 @@
 | reasoning, code_tasks, agents, general, long_documents | the same | problems of the task world, with solutions |
 """
 
-import functools
-import itertools
 import re
-from collections.abc import Sequence
 
 from minglm.config import ConfigError
 from minglm.data.hugging_face import hugging_face_corpus
@@ -61,18 +58,8 @@ def corpus_of(data: Data) -> Corpus:
         kept.append(default_documents())
     if len(kept) + len(streamed) > 1:
         streamed = [corpus.with_splits() for corpus in streamed]
-    return _joined([*map(_read_once, kept), *streamed])
-
-
-def _joined(corpora: Sequence[Corpus]) -> Corpus:
-    if len(corpora) == 1:
-        return corpora[0]
-    identity = {"ingredients": [corpus.identity for corpus in corpora]}
-    return Corpus(lambda: itertools.chain.from_iterable(corpora), identity)
-
-
-def _read_once(corpus: Corpus) -> Corpus:
-    return Corpus(functools.cache(lambda: tuple(corpus)), corpus.identity)
+    corpora = [*(corpus.in_memory() for corpus in kept), *streamed]
+    return corpora[0] if len(corpora) == 1 else Corpus.joined(corpora)
 
 
 def _dataset(domain: str, where: str) -> Corpus:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from minglm.tasks.sandbox import Case, Limits, run_function_tests, same_value
-from minglm.tasks.task import Message, Problem, Verdict, final_content
+from minglm.tasks.task import Message, Problem, Verdict, final_content, reply
 
 LIMITS = Limits(cpu=1.0, wall=10.0)
 NAMES = ("f", "g", "solve", "work")
@@ -75,12 +75,6 @@ class WritesCode(Problem):
 
 def function(name: str, expression: str, argument: str = "x") -> str:
     return f"def {name}({argument}):\n    return {expression}"
-
-
-def reply(content: str, thinking: str | None = None) -> list[Message]:
-    """A response of one message."""
-    message = {"role": "assistant", "content": content}
-    return [message if thinking is None else {**message, "reasoning_content": thinking}]
 
 
 def read_code(content: str) -> str:

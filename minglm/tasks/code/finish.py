@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-from minglm.tasks.code.answer import NAMES, WritesCode, function, reply
+from minglm.tasks.code.answer import NAMES, WritesCode, function
 from minglm.tasks.sandbox import Case
-from minglm.tasks.task import Message
+from minglm.tasks.task import Message, reply
 
 WORDINGS = (
     "{shown}\n\n# file: {main}.py\n{imports}\n\n"

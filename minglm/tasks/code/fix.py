@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from minglm.tasks.code import loops, steps
-from minglm.tasks.code.answer import NAMES, reply
+from minglm.tasks.code.answer import NAMES
 from minglm.tasks.code.steps import INPUTS, Steps
 from minglm.tasks.code.write import OnLists
-from minglm.tasks.task import Message
+from minglm.tasks.task import Message, reply
 
 WORDINGS = (
     "{name}(xs) should: {orders}. It has a bug. Write it without the bug.\n{code}",

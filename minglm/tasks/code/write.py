@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Self
 
 from minglm.tasks.code import steps
-from minglm.tasks.code.answer import NAMES, WritesCode, reply
+from minglm.tasks.code.answer import NAMES, WritesCode
 from minglm.tasks.code.steps import INPUTS, Steps
 from minglm.tasks.sandbox import Case
-from minglm.tasks.task import Message
+from minglm.tasks.task import Message, reply
 
 WORDINGS = (
     "Write a Python function {name}(xs) for a list of integers: {orders}.",

@@ -1,16 +1,6 @@
-"""An answer of one message: written by a demonstration, read by a verifier."""
+"""An answer of one message, as a verifier reads it."""
 
 from typing import Any
-
-from minglm.tasks.task import Message
-
-
-def say(content: str, thinking: str | None = None) -> list[Message]:
-    """The assistant's one message; with a worked solution if there is one."""
-    message: Message = {"role": "assistant", "content": content}
-    if thinking is not None:
-        message["reasoning_content"] = thinking
-    return [message]
 
 
 def hear(response: Any) -> tuple[str, str | None]:

@@ -5,11 +5,11 @@ import random
 from dataclasses import dataclass
 from typing import Self
 
-from minglm.tasks.general.answer import hear, say, shown
+from minglm.tasks.general.answer import hear, shown
 from minglm.tasks.general.constraints import Constraint
 from minglm.tasks.general.draft import WORDS, Draft, Unfit
 from minglm.tasks.general.forms import KINDS
-from minglm.tasks.task import Message, Problem, TaskError, Verdict
+from minglm.tasks.task import Message, Problem, TaskError, Verdict, reply
 
 OPENINGS = ("Write a short text.", "Write some words.", "Write something short.")
 
@@ -71,7 +71,7 @@ class InstructionFollowing(Problem):
         return [{"role": "user", "content": " ".join([self.opening, *told])}]
 
     def demonstrate(self, thinking: bool) -> list[Message]:
-        return say(self.text, "\n".join(self._steps()) if thinking else None)
+        return reply(self.text, "\n".join(self._steps()) if thinking else None)
 
     def _steps(self) -> list[str]:
         """A draft on one line, then each constraint with what is seen of it."""
@@ -95,10 +95,10 @@ class InstructionFollowing(Problem):
 
     def near_miss(self, rng: random.Random) -> list[Message]:
         changed = [text for text in _changes(self, rng) if text.strip() and self._judge(text.strip()).reward < 1]
-        return say(rng.choice(changed))
+        return reply(rng.choice(changed))
 
     def guess(self, rng: random.Random) -> list[Message]:
-        return say(rng.choice(STOCK))
+        return reply(rng.choice(STOCK))
 
     @property
     def chance(self) -> float:

@@ -4,9 +4,9 @@ import random
 from dataclasses import dataclass
 from typing import Self
 
-from minglm.tasks.general.answer import bare, hear, say, shown
+from minglm.tasks.general.answer import bare, hear, shown
 from minglm.tasks.general.passages import TOWNS, passage
-from minglm.tasks.task import Message, Problem, TaskError, Verdict
+from minglm.tasks.task import Message, Problem, TaskError, Verdict, reply
 
 CODES = range(1000, 10_000)
 BELLS = range(1, 10)
@@ -98,7 +98,7 @@ class LongDocument(Problem):
         return ", ".join(str(numbers[town]) for town in self.asked)
 
     def demonstrate(self, thinking: bool) -> list[Message]:
-        return say(self.answer, "\n".join(self._steps()) if thinking else None)
+        return reply(self.answer, "\n".join(self._steps()) if thinking else None)
 
     def _steps(self) -> list[str]:
         numbers = dict(self.facts)
@@ -127,7 +127,7 @@ class LongDocument(Problem):
         return Verdict(0.0, (f"found {shown(content)}; wanted {self.answer}",))
 
     def near_miss(self, rng: random.Random) -> list[Message]:
-        return say(self.candidates(rng, 2)[1])
+        return reply(self.candidates(rng, 2)[1])
 
     def candidates(self, rng: random.Random, count: int) -> list[str]:
         """The right answer, then count - 1 different wrong ones of its form: for choosing by likelihood. First come those
@@ -163,12 +163,12 @@ class LongDocument(Problem):
 
     def guess(self, rng: random.Random) -> list[Message]:
         if self.kind == "largest":
-            return say(rng.choice(TOWNS))
+            return reply(rng.choice(TOWNS))
         if self.kind == "count":
-            return say(str(rng.randint(1, MOST_FACTS)))
+            return reply(str(rng.randint(1, MOST_FACTS)))
         if self.kind == "sum":
-            return say(str(rng.randint(1, 9 * MOST_FACTS)))
-        return say(", ".join(str(rng.choice(CODES)) for _ in self.asked))
+            return reply(str(rng.randint(1, 9 * MOST_FACTS)))
+        return reply(", ".join(str(rng.choice(CODES)) for _ in self.asked))
 
     @property
     def chance(self) -> float:

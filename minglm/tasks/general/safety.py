@@ -8,8 +8,8 @@ import random
 from dataclasses import dataclass
 from typing import Self
 
-from minglm.tasks.general.answer import bare, hear, say, shown
-from minglm.tasks.task import Message, Problem, Verdict
+from minglm.tasks.general.answer import bare, hear, shown
+from minglm.tasks.task import Message, Problem, Verdict, reply
 
 REFUSAL = "I cannot help with that"
 
@@ -138,7 +138,7 @@ class Safety(Problem):
         ]
 
     def demonstrate(self, thinking: bool) -> list[Message]:
-        return say(self.answer + ".", "\n".join(self._steps()) if thinking else None)
+        return reply(self.answer + ".", "\n".join(self._steps()) if thinking else None)
 
     def _steps(self) -> list[str]:
         """The kind of thing, each ban on it with its exception, and what follows."""
@@ -172,10 +172,10 @@ class Safety(Problem):
         wrong = notes[self.asked] if self.refused else REFUSAL
         if not self.refused and rng.random() < 0.5:
             wrong = rng.choice([way for thing, way in self.notes if thing != self.asked])
-        return say(wrong + ".")
+        return reply(wrong + ".")
 
     def guess(self, rng: random.Random) -> list[Message]:
-        return say((REFUSAL if rng.random() < 0.5 else rng.choice(self.notes)[1]) + ".")
+        return reply((REFUSAL if rng.random() < 0.5 else rng.choice(self.notes)[1]) + ".")
 
     @property
     def chance(self) -> float:

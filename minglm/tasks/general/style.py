@@ -17,9 +17,9 @@ import random
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
-from minglm.tasks.general.answer import bare, hear, say, shown
+from minglm.tasks.general.answer import bare, hear, shown
 from minglm.tasks.general.passages import TOWNS
-from minglm.tasks.task import Message, Problem, TaskError, Verdict
+from minglm.tasks.task import Message, Problem, TaskError, Verdict, reply
 
 # For each mark, pairs of (first way, second way), of one length.
 OPENINGS = (("Gladly", "Anyhow"), ("With joy", "As usual"), ("Of course", "Oh bother"))
@@ -121,7 +121,7 @@ class StylePreference(Problem):
         """The pair as data of a reward model: for pairs of one split, take the problems of that split."""
         better, worse = sorted((self.first, self.second), key=sum, reverse=True)
         messages = [{"role": "user", "content": self.question}]
-        return Preference(messages, say(self.text(better)), say(self.text(worse)), sum(better) - sum(worse))
+        return Preference(messages, reply(self.text(better)), reply(self.text(worse)), sum(better) - sum(worse))
 
     @property
     def messages(self) -> list[Message]:
@@ -134,7 +134,7 @@ class StylePreference(Problem):
         return [{"role": "user", "content": "\n".join(lines)}]
 
     def demonstrate(self, thinking: bool) -> list[Message]:
-        return say(self.answer, "\n".join(self._steps()) if thinking else None)
+        return reply(self.answer, "\n".join(self._steps()) if thinking else None)
 
     def _steps(self) -> list[str]:
         """The marks of each answer that are in the first way, counted."""
@@ -153,10 +153,10 @@ class StylePreference(Problem):
         return Verdict(0.0, (f"found {shown(content)}; wanted {self.answer}",))
 
     def near_miss(self, rng: random.Random) -> list[Message]:
-        return say("B" if self.answer == "A" else "A")
+        return reply("B" if self.answer == "A" else "A")
 
     def guess(self, rng: random.Random) -> list[Message]:
-        return say(rng.choice("AB"))
+        return reply(rng.choice("AB"))
 
     @property
     def chance(self) -> float:

@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass, replace
 from typing import Self
 
-from minglm.tasks.general.answer import bare, hear, say, shown
+from minglm.tasks.general.answer import bare, hear, shown
 from minglm.tasks.general.languages import (
     ADJECTIVES,
     FORMS,
@@ -21,7 +21,7 @@ from minglm.tasks.general.languages import (
     say_meaning,
     say_phrase,
 )
-from minglm.tasks.task import Message, Problem, Verdict
+from minglm.tasks.task import Message, Problem, Verdict, reply
 
 ASKS = ("Translate from {source} to {target}: {text}", "Say in {target} what this {source} means: {text}")
 
@@ -135,7 +135,7 @@ class Translation(Problem):
         return [{"role": "user", "content": ask}]
 
     def demonstrate(self, thinking: bool) -> list[Message]:
-        return say(self.answer, "\n".join(self._steps()) if thinking else None)
+        return reply(self.answer, "\n".join(self._steps()) if thinking else None)
 
     def _steps(self) -> list[str]:
         """Each part: its words, what it means, its words in the other language."""
@@ -177,14 +177,14 @@ class Translation(Problem):
         """An idiom word by word, or the sentence of a meaning that differs in one thing."""
         literal = self.literal()
         if literal and rng.random() < 0.25:
-            return say(literal[0])
+            return reply(literal[0])
         while True:
             other = _with_one_thing_of(self.meaning, self.frame.draw(rng), rng)
             if other != self.meaning:
-                return say(say_meaning(other, self.target))
+                return reply(say_meaning(other, self.target))
 
     def guess(self, rng: random.Random) -> list[Message]:
-        return say(say_meaning(self.frame.draw(rng), self.target))
+        return reply(say_meaning(self.frame.draw(rng), self.target))
 
     @property
     def chance(self) -> float:

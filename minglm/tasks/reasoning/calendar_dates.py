@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Self
 
 from minglm.tasks.reasoning.dates import FIRST_YEAR, LAST_YEAR, MONTHS, written_day
-from minglm.tasks.reasoning.exact import Word, reply
-from minglm.tasks.task import Message
+from minglm.tasks.reasoning.exact import Word
+from minglm.tasks.task import Message, reply
 
 WORDINGS = ("Which date is {} {} {}?", "What day and month is it {} {} {}?")
 ALL_DAYS = tuple(written_day(datetime.date(2024, 1, 1) + datetime.timedelta(number)) for number in range(366))  # a leap year

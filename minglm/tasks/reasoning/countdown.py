@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
-from minglm.tasks.reasoning.exact import only_content, reply
+from minglm.tasks.reasoning.exact import only_content
 from minglm.tasks.reasoning.formula import (
     Formula,
     FormulaError,
@@ -20,7 +20,7 @@ from minglm.tasks.reasoning.formula import (
     value,
     written,
 )
-from minglm.tasks.task import Message, Problem, Verdict
+from minglm.tasks.task import Message, Problem, Verdict, reply
 
 LARGEST = 200
 SHOWN_TRIES = 4

@@ -6,8 +6,8 @@ import random
 from dataclasses import dataclass
 from typing import Self
 
-from minglm.tasks.reasoning.exact import Word, reply
-from minglm.tasks.task import Message
+from minglm.tasks.reasoning.exact import Word
+from minglm.tasks.task import Message, reply
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = tuple("January February March April May June July August September October November December".split())

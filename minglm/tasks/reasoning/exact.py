@@ -11,15 +11,9 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from minglm.tasks.task import Message, Problem, Verdict
+from minglm.tasks.task import Message, Problem, Verdict, reply
 
 INTEGER = re.compile(r"[+-]?[0-9]{1,100}")
-
-
-def reply(content: str, thinking: str | None = None) -> list[Message]:
-    """A response of one message."""
-    message = {"role": "assistant", "content": content}
-    return [message if thinking is None else {**message, "reasoning_content": thinking}]
 
 
 def only_content(response: Sequence[Message]) -> str | None:
