@@ -62,26 +62,26 @@ CONVERSATIONS = (
 )
 
 
+SMALL_SHAPE = dict(
+    hidden_size=32,
+    num_hidden_layers=2,
+    intermediate_size=64,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+)
+
+
 @cache
 def learnt() -> tuple[GLM, Tokenizer]:
     """The same for everybody in a process: nobody may change the weights."""
     texts = [render(one.messages, one.tools) for one in CONVERSATIONS] * 4  # long tokens, short conversations
     tokenizer = train_tokenizer(texts, 640, show_progress=False)
     torch.manual_seed(0)
-    config = GLMConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        max_position_embeddings=1024,
-        num_nextn_predict_layers=1,
-    )
+    config = GLMConfig(vocab_size=tokenizer.vocab_size, max_position_embeddings=1024, num_nextn_predict_layers=1, **SMALL_SHAPE)
     model = GLM(config)
     ids, labels = _batch(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)

@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+from by_heart import SMALL_SHAPE
 
 from minglm.config import GLMConfig
 from minglm.model import GLM
@@ -15,18 +16,7 @@ def fresh(tokenizer: Tokenizer, seed: int = 0, positions: int = 512) -> GLM:
     """A small model without training."""
     torch.manual_seed(seed)
     config = GLMConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=32,
-        num_hidden_layers=2,
-        intermediate_size=64,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        max_position_embeddings=positions,
-        initializer_range=0.05,
+        vocab_size=tokenizer.vocab_size, max_position_embeddings=positions, initializer_range=0.05, **SMALL_SHAPE
     )
     return GLM(config).eval()
 

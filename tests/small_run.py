@@ -122,6 +122,14 @@ def in_child(function: Callable[..., None], *arguments: object) -> multiprocessi
     return process
 
 
+def finished_run(recipe: Recipe, folder: Path) -> Path:
+    """The folder of a finished run inside of `folder`, the number of calls that it took (in `calls`) beside it."""
+    process = in_child(run_counting, recipe, folder / "run", folder / "calls")
+    process.join()
+    assert process.exitcode == 0
+    return folder / "run"
+
+
 def everything_written(folder: Path) -> tuple[list[dict], dict[str, bytes], dict]:
     """What must be equal between two runs: metrics but for the clock, all files of the newest checkpoint, its state."""
     run = RunFolder(folder)

@@ -13,8 +13,8 @@ from small_run import (
     STEPS,
     equal,
     everything_written,
+    finished_run,
     in_child,
-    run_counting,
     run_small,
     run_until_killed,
     small_recipe,
@@ -36,12 +36,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory) -> Path:
-    """A finished run, the number of calls that it took (in `calls`) beside it."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    process = in_child(run_counting, small_recipe(text), folder, folder.parent / "calls")
-    process.join()
-    assert process.exitcode == 0
-    return folder
+    return finished_run(small_recipe(text), tmp_path_factory.mktemp("undisturbed"))
 
 
 def assert_same(folder: Path, undisturbed: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_run import MODEL, equal, everything_written, in_child, run_counting, run_small, run_until_killed, small_recipe
+from small_run import MODEL, equal, everything_written, finished_run, in_child, run_small, run_until_killed, small_recipe
 
 from minglm.checkpoint import CheckpointError
 from minglm.config import ConfigError, GLMConfig
@@ -49,12 +49,7 @@ def text(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(text, tmp_path_factory) -> Path:
-    """A finished run, the number of calls that it took (in `calls`) beside it."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    process = in_child(run_counting, staged(text), folder, folder.parent / "calls")
-    process.join()
-    assert process.exitcode == 0
-    return folder
+    return finished_run(staged(text), tmp_path_factory.mktemp("undisturbed"))
 
 
 def staged(text: Path, **changes: object):

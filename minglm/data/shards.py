@@ -118,6 +118,11 @@ class Dataset:
     def domains(self) -> list[str]:
         return self.manifest["domains"]
 
+    @property
+    def held_out_domains(self) -> list[str]:
+        """The domains that have held-out documents."""
+        return [self.domains[index] for index in np.unique(self.splits[HELD_OUT].domains)]
+
 
 def open_dataset(folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> Dataset:
     """Open what `prepare` wrote. Tokens stay on disk until they are used.

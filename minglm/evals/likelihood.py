@@ -31,12 +31,6 @@ def held_out_documents(dataset: Dataset, domain: str, seed: int = 0) -> Iterator
         yield split.document(int(number))[:-1]
 
 
-def held_out_domains(dataset: Dataset) -> list[str]:
-    """The domains that have held-out documents."""
-    present = np.unique(dataset.splits[HELD_OUT].domains)
-    return [domain for index, domain in enumerate(dataset.domains) if index in present]
-
-
 def bits_per_byte(scorer: Scorer, dataset: Dataset, domain: str, window: int, max_tokens: int, seed: int = 0) -> Measure | None:
     """Bits per byte of UTF-8 text on held-out documents; the interval is over documents. None if they hold no text.
 

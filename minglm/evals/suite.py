@@ -61,7 +61,7 @@ class Subject:
 
     @property
     def domains(self) -> list[str]:
-        return [] if self.dataset is None else likelihood.held_out_domains(self.dataset)
+        return [] if self.dataset is None else self.dataset.held_out_domains
 
 
 def _bits(subject: Subject) -> Iterator[Measure | None]:

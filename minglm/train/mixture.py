@@ -2,17 +2,14 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset
-from minglm.data.sources import HELD_OUT, TRAIN
+from minglm.data.sources import TRAIN
 from minglm.data.stream import MixtureStream, StreamError, TokenStream
 from minglm.model import GLM
 from minglm.params import count
 from minglm.tokenizer import Tokenizer
 from minglm.train.recipe import Recipe
-from minglm.train.schedule import learning_rate_factor, micro_batches_at
 from minglm.train.stages import Plan, PlannedStage
 
 
@@ -40,11 +37,6 @@ def make_stream(recipe: Recipe, stage: PlannedStage, dataset: Dataset) -> TokenS
         ) from error
 
 
-def held_out_domains(dataset: Dataset) -> set[str]:
-    """The domains that have held-out documents."""
-    return {dataset.domains[index] for index in np.unique(dataset.splits[HELD_OUT].domains)}
-
-
 def describe(plan: Plan, streams: Sequence[TokenStream], recipe: Recipe, model: GLM, tokenizer: Tokenizer) -> None:
     """Say what will be done."""
     config, training = recipe.model, recipe.training
@@ -63,7 +55,8 @@ def describe(plan: Plan, streams: Sequence[TokenStream], recipe: Recipe, model: 
         return
     print(f"training: {plan.steps:,} steps in {len(plan.stages)} stages, {tokens:,} tokens in all, {recipe.optimizer.kind}")
     for stage, sequences, stream in zip(plan.stages, rows, streams, strict=True):
-        rates = [_learning_rate(plan, step, recipe) for step in (stage.first_step, stage.last_step)]
+        peak = recipe.optimizer.learning_rate
+        rates = [peak * plan.learning_rate_factor(step) for step in (stage.first_step, stage.last_step)]
         print(
             f"  {stage.name}: to step {stage.last_step:,}, {sequences:,} sequences of {stage.sequence_length:,} tokens "
             f"({sequences * stage.sequence_length:,}), {stage.packing}, learning rate {rates[0]:.2g} to {rates[1]:.2g}, "
@@ -81,15 +74,6 @@ def _shares(stage: PlannedStage, sequences: int, stream: TokenStream) -> str:
 
 def _sequences(plan: Plan, stage: PlannedStage) -> int:
     """That the stage deals in all."""
-    micro = stage.sequences_per_micro_batch
     warming = range(stage.first_step, min(stage.last_step, plan.batch_warmup_steps) + 1)
-    full, first = stage.sequences_per_step // micro, plan.first_sequences_per_step // micro
-    grown = sum(micro_batches_at(step, full, first, plan.batch_warmup_steps) for step in warming)
-    return micro * (grown + (stage.steps - len(warming)) * full)
-
-
-def _learning_rate(plan: Plan, step: int, recipe: Recipe) -> float:
-    schedule = recipe.schedule
-    return recipe.optimizer.learning_rate * learning_rate_factor(
-        step, plan.steps, schedule.kind, plan.warmup_steps, plan.decay_steps, schedule.final_fraction
-    )
+    grown = stage.sequences_per_micro_batch * sum(map(plan.micro_batches, warming))
+    return grown + (stage.steps - len(warming)) * stage.sequences_per_step

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from minglm.config import ConfigError
+from minglm.train.schedule import learning_rate_factor, micro_batches_at
 
 if TYPE_CHECKING:
-    from minglm.train.recipe import Recipe
+    from minglm.train.recipe import Recipe, Schedule
 
 WHOLE = "training"  # the name of the only stage of a recipe without stages
 
@@ -91,6 +92,7 @@ class Plan:
     decay_steps: int
     batch_warmup_steps: int
     first_sequences_per_step: int  # the batch at step 1, where it is warmed up
+    schedule: "Schedule"
 
     @property
     def steps(self) -> int:
@@ -103,6 +105,18 @@ class Plan:
     def is_border(self, step: int) -> bool:
         """Whether a stage ends with this step."""
         return step >= 1 and self.at(step).last_step == step
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The part of the peak rate that `step` uses."""
+        kind, final = self.schedule.kind, self.schedule.final_fraction
+        return learning_rate_factor(step, self.steps, kind, self.warmup_steps, self.decay_steps, final)
+
+    def micro_batches(self, step: int, ranks: int = 1) -> int:
+        """Of each rank at `step`."""
+        stage = self.at(step)
+        at_once = stage.sequences_per_micro_batch * ranks
+        full, first = stage.sequences_per_step // at_once, self.first_sequences_per_step // at_once
+        return micro_batches_at(step, full, first, self.batch_warmup_steps)
 
     def named(self, name: str) -> PlannedStage:
         """Raises `ConfigError` that lists the stages there are."""
@@ -141,7 +155,9 @@ def plan(recipe: "Recipe") -> Plan:
             steps = max(1, scaled(training.steps))
         domains = {domain: weight for domain, weight in stage.mixture.items() if weight}
         stages.append(PlannedStage(stage.name, number, first, first + steps - 1, domains, stage.packing, **settings))
-    found = Plan(tuple(stages), scaled(schedule.warmup_steps), scaled(schedule.decay_steps), batch_warmup, first_sequences)
+    found = Plan(
+        tuple(stages), scaled(schedule.warmup_steps), scaled(schedule.decay_steps), batch_warmup, first_sequences, schedule
+    )
     require(
         found.warmup_steps + found.decay_steps <= found.steps,
         "schedule.warmup_steps",

@@ -26,13 +26,12 @@ from minglm.train.device import Device, choose_device
 from minglm.train.held_out import evaluate_held_out, share_of_rank
 from minglm.train.learner import Learner
 from minglm.train.metrics import MetricsFile, read_metrics
-from minglm.train.mixture import describe, held_out_domains, make_stream
+from minglm.train.mixture import describe, make_stream
 from minglm.train.plots import plot_overview
 from minglm.train.prefetch import Prefetcher
 from minglm.train.preparation import encode_prompts, prepare_data
 from minglm.train.recipe import Recipe, resolve_paths
 from minglm.train.run_folder import RunFolder
-from minglm.train.schedule import learning_rate_factor, micro_batches_at
 from minglm.train.span import WHOLE_RUN, Span, check_tokenizer
 from minglm.train.stages import PlannedStage
 from minglm.train.state import read_state, write_state
@@ -193,8 +192,8 @@ class Trainer:
         if self.step == self.stage.last_step:
             self._enter(self.plan.at(self.step + 1))
         self.step += 1
-        batches = [self.stream.next() for _ in range(self._micro_batches(self.step))]
-        factor = self._learning_rate_factor()
+        batches = [self.stream.next() for _ in range(self.plan.micro_batches(self.step, self.learner.ranks))]
+        factor = self.plan.learning_rate_factor(self.step)
         numbers = self.learner.step(batches, factor)
 
         sequences = len(batches) * self.stage.sequences_per_micro_batch * self.learner.ranks
@@ -224,20 +223,16 @@ class Trainer:
         self.read_metrics()
         stage = self.stage
         self.metrics.write({"step": self.step, "kind": "stage", "name": stage.name, "sequence_length": stage.sequence_length})
-        domains = self.dataset.domains
-        for domain in domains:
-            batches = self._held_out(max(1, self.recipe.evaluation.tokens // len(domains)), domain)
-            if not batches:
-                continue
+        tokens = max(1, self.recipe.evaluation.tokens // len(self.dataset.domains))
+        for domain in self.dataset.held_out_domains:
+            batches = self._held_out(tokens, domain)
             held_out = evaluate_held_out(self.model, batches, self.byte_lengths, self.device, self.learner.sum_over_ranks)
             self.metrics.write({"step": self.step, "kind": "domain", "domain": domain, **asdict(held_out)})
         self.read_at = self._seconds()  # not the training's time
 
     def _held_out(self, tokens: int, domain: str | None = None) -> list[Batch]:
-        """This rank's share of the first held-out tokens (of a domain: none if it has none)."""
+        """This rank's share of the first held-out tokens (of a domain)."""
         stage = self.stage
-        if domain is not None and domain not in held_out_domains(self.dataset):
-            return []
         batches = held_out_batches(self.dataset, stage.sequence_length, stage.sequences_per_micro_batch, tokens, domain)
         return share_of_rank(list(batches), self.learner.rank, self.learner.ranks)
 
@@ -341,27 +336,6 @@ class Trainer:
     def _seconds(self) -> float:
         """How long this run has taken, in this process and those before it."""
         return time.perf_counter() - self.start
-
-    def _micro_batches(self, step: int) -> int:
-        """Of this rank."""
-        at_once = self.stage.sequences_per_micro_batch * self.learner.ranks
-        return micro_batches_at(
-            step,
-            self.stage.sequences_per_step // at_once,
-            self.plan.first_sequences_per_step // at_once,
-            self.plan.batch_warmup_steps,
-        )
-
-    def _learning_rate_factor(self) -> float:
-        schedule = self.recipe.schedule
-        return learning_rate_factor(
-            self.step,
-            self.plan.steps,
-            schedule.kind,
-            self.plan.warmup_steps,
-            self.plan.decay_steps,
-            schedule.final_fraction,
-        )
 
     def _diverged(self, step: int, what: str) -> TrainingDiverged:
         newest = self.folder.newest_checkpoint()
