@@ -25,6 +25,9 @@ class CompiledModel:
 
     def __init__(self, model: GLM):
         self.model, self.config = model, model.config
+        c = model.config
+        scale = float(c.routed_scaling_factor)
+        self._routing = loops.Routing(c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, scale)
         # Parameters and buffers by their owners and names: loading and moving a model may put others in their place.
         owned = [(table, name) for m in model.modules() for table in (m._parameters, m._buffers) for name in table]
         self._owned = [(table, name) for table, name in owned if table[name] is not None]
@@ -38,7 +41,8 @@ class CompiledModel:
         threads = threads_allowed()
         h = self._embedding[input_ids[0].numpy()]
         places = self._places(view)
-        experts = [self._run(layer, h, places, view, threads) for layer in self._layers]
+        cache = view.cache.keys.numpy(), view.cache.values.numpy()
+        experts = [self._run(layer, h, places, cache, threads) for layer in self._layers]
         loops.rms_norm(h, self._norm, self.config.rms_norm_eps, h)
         experts = [chosen for chosen in experts if chosen is not None]
         return torch.from_numpy(h)[None], torch.from_numpy(np.stack(experts)) if experts else None
@@ -51,13 +55,14 @@ class CompiledModel:
         enorm, hnorm, eh_proj, layer, norm = self._mtp
         h = np.zeros(hidden.shape[1:], dtype=np.float32)
         loops.combine(self._embedding[next_ids[0].numpy()], hidden[0].numpy(), enorm, hnorm, eh_proj, eps, h, threads)
-        self._run(layer, h, self._places(view), view, threads)
+        cache = view.cache.keys.numpy(), view.cache.values.numpy()
+        self._run(layer, h, self._places(view), cache, threads)
         loops.rms_norm(h, norm, eps, h)
         return torch.from_numpy(h)[None]
 
     def lm_head(self, hidden: Tensor) -> Tensor:
-        """hidden (n, h) -> logits (n, v)."""
-        if hidden.dtype != torch.float32 or not self._reaches(len(hidden)):
+        """hidden (n, h), which the last step gave -> logits (n, v)."""
+        if hidden.dtype != torch.float32 or not self._reached or ops.autocasts("cpu"):
             return self.model.lm_head(hidden)
         logits = np.zeros((len(hidden), len(self._head)), dtype=np.float32)
         loops.linear(hidden.numpy(), self._head, logits, threads_allowed())
@@ -106,17 +111,16 @@ class CompiledModel:
         where = view.token_rows, view.positions, view.token_slots, cache.table, cache.block_size, view.first_key
         return loops.Places(*where, np.cos(angles), np.sin(angles))
 
-    def _run(self, layer: tuple, h: np.ndarray, places: loops.Places, view: CacheView, threads: int) -> np.ndarray | None:
+    def _run(
+        self, layer: tuple, h: np.ndarray, places: loops.Places, cache: tuple[np.ndarray, np.ndarray], threads: int
+    ) -> np.ndarray | None:
+        """One layer, in place; cache: keys and values of all layers -> the experts of each token, if it has some."""
         index, attention, mlp = layer
-        c = self.config
-        keys, values = view.cache.keys.numpy()[index], view.cache.values.numpy()[index]
-        loops.attention(h, attention, places, keys, values, c.rms_norm_eps, threads)
+        eps, (keys, values) = self.config.rms_norm_eps, cache
+        loops.attention(h, attention, places, keys[index], values[index], eps, threads)
         if isinstance(mlp, loops.MLPWeights):
-            return loops.mlp(h, mlp, c.rms_norm_eps, threads)
-        routing = loops.Routing(
-            c.num_experts_per_tok, c.n_group, c.topk_group, c.norm_topk_prob, float(c.routed_scaling_factor)
-        )
-        return loops.moe(h, mlp, routing, c.rms_norm_eps, threads)
+            return loops.mlp(h, mlp, eps, threads)
+        return loops.moe(h, mlp, self._routing, eps, threads)
 
 
 def shared(tensor: Tensor) -> np.ndarray:

@@ -30,6 +30,8 @@ torch.set_num_threads(pytorchs_threads)
 WORTH_A_THREAD = 2**18
 # Weights that do not stay in a core's cache from step to step, in numbers: 2 MB.
 LARGE = 2**19
+# So many tokens are as much work as reading an expert's weights.
+EXPERT_ROWS = 8
 # Values of activations that are worked on at a time, while all weights pass by: they stay in the nearest caches.
 NEAR = 2**12
 
@@ -268,17 +270,6 @@ def rms_norm(x, weight, eps, out):
             out[j, c] = x[j, c] * scale * weight[c]
 
 
-@compiled
-def rotary(x, cos, sin):
-    """Turn the first 2 p components of each head, in place: x (heads, d), cos and sin (p,)."""
-    p = len(cos)
-    for head in range(len(x)):
-        for c in range(p):
-            first, second = x[head, c], x[head, c + p]
-            x[head, c] = first * cos[c] - second * sin[c]
-            x[head, c + p] = second * cos[c] + first * sin[c]
-
-
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
@@ -296,9 +287,7 @@ def attention(h, weights, places, keys, values, eps, threads):
     heads = q.shape[1] // d
     q, k, v = q.reshape(n, heads, d), k.reshape(n, kv_heads, d), v.reshape(n, kv_heads, d)
     for t in range(n):
-        if len(weights.k_norm):
-            rms_norm(k[t], weights.k_norm, eps, k[t])
-        rotary(k[t], places.cos[t], places.sin[t])
+        turn(k, t, weights.k_norm, eps, places.cos, places.sin)
         keys[places.slots[t]] = k[t]
         values[places.slots[t]] = v[t]
     out = np.zeros((n, heads * d), dtype=np.float32)
@@ -328,61 +317,89 @@ def attend_all(q, q_norm, places, keys, values, eps, out, threads):
 
 @compiled
 def attend_some(q, q_norm, places, keys, values, eps, out, first, step):
-    kv_heads, d = keys.shape[1:]
-    keys, values = keys.reshape(-1, d), values.reshape(-1, d)  # (slots * kv_heads, d)
-    group = q.shape[1] // kv_heads
-    for t in range(first, len(q), step):
-        if len(q_norm):
-            rms_norm(q[t], q_norm, eps, q[t])
-        rotary(q[t], places.cos[t], places.sin[t])
-        slots = seen(places, t)
+    """Tokens first, first + step, ... Everything is reached by index: a slice of an array that threads share would have them
+    take turns at counting its references."""
+    (n, heads, d), kv_heads = q.shape, keys.shape[1]
+    group, most = heads // kv_heads, max(0, places.positions.max() + 1 - places.first_key)
+    q_rows, out_rows = q.reshape(-1, d), out.reshape(-1, d)  # (n * heads, d)
+    keys_rows, values_rows = keys.reshape(-1, d), values.reshape(-1, d)  # (slots * kv_heads, d)
+    rows, mine, all_heads = np.empty(most, dtype=np.int64), np.empty(group, dtype=np.int64), np.arange(group)
+    weights = np.empty((group, most), dtype=np.float32)
+    scale = np.float32(1) / np.sqrt(np.float32(d))
+    for t in range(first, n, step):
+        turn(q, t, q_norm, eps, places.cos, places.sin)
+        s = places.positions[t] + 1 - places.first_key
         for head in range(kv_heads):
-            mine = slice(head * group, (head + 1) * group)
-            attend(q[t, mine], keys, values, slots * kv_heads + head, out[t, mine])
+            seen(places, t, kv_heads, head, rows)
+            for g in range(group):
+                mine[g] = t * heads + head * group + g
+                for j in range(s):
+                    weights[g, j] = 0
+            add_products_of(q_rows, mine, keys_rows, rows, 0, s, weights, all_heads)
+            for g in range(group):
+                softmax(weights, g, s, scale)
+                add_values(weights, g, values_rows, rows, s, out_rows, mine[g])
 
 
 @compiled
-def seen(places, t):
-    """The slots of the keys that token t sees: of its own sequence up to itself, in order, (keys,)."""
-    row, first, last = places.rows[t], places.first_key, places.positions[t]
-    slots = np.empty(last + 1 - first, dtype=np.int64)
-    for position in range(first, last + 1):
-        block = places.table[row, position // places.block_size]
-        slots[position - first] = block * places.block_size + position % places.block_size
-    return slots
-
-
-@compiled
-def attend(q, keys, values, rows, out):
-    """Softmax attention of a group of heads to the keys and values in `rows`: q and out (heads, d), out zeros."""
-    (heads, d), s = q.shape, len(rows)
-    weights, all_heads = np.zeros((heads, s), dtype=np.float32), np.arange(heads)
-    add_products(q, all_heads, keys, rows, 0, s, weights, all_heads)
+def turn(x, t, norm, eps, cos, sin):
+    """Norm (if there is one) and RoPE of all heads of token t, in place: x (n, heads, d), norm (d,), cos and sin (n, p)."""
+    (_, heads, d), p = x.shape, cos.shape[1]
     for head in range(heads):
-        softmax(weights[head], np.float32(1) / np.sqrt(np.float32(d)))
-        j = 0
-        while j + 4 <= s:
-            a, b, c, e = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
-            wa, wb, wc, we = weights[head, j], weights[head, j + 1], weights[head, j + 2], weights[head, j + 3]
-            for i in range(d):
-                out[head, i] += wa * values[a, i] + wb * values[b, i] + wc * values[c, i] + we * values[e, i]
-            j += 4
-        while j < s:
-            for i in range(d):
-                out[head, i] += weights[head, j] * values[rows[j], i]
-            j += 1
+        if len(norm):
+            total = np.float32(0)
+            for c in range(d):
+                total += x[t, head, c] * x[t, head, c]
+            scale = np.float32(1) / np.sqrt(total / np.float32(d) + np.float32(eps))
+            for c in range(d):
+                x[t, head, c] *= scale * norm[c]
+        for c in range(p):
+            first, second = x[t, head, c], x[t, head, c + p]
+            x[t, head, c] = first * cos[t, c] - second * sin[t, c]
+            x[t, head, c + p] = second * cos[t, c] + first * sin[t, c]
 
 
 @compiled
-def softmax(scores, scale):
-    """Of scale * scores (keys,), in place."""
-    highest = scores.max()
+def seen(places, t, kv_heads, head, rows):
+    """The keys that token t sees, of its own sequence up to itself, in order, as rows of (slots * kv_heads, d)."""
+    size, position, last = places.block_size, places.first_key, places.positions[t]
+    while position <= last:
+        block, within = position // size, position % size
+        slot = places.table[places.rows[t], block] * size + within
+        for _ in range(min(size - within, last + 1 - position)):
+            rows[position - places.first_key] = slot * kv_heads + head
+            position, slot = position + 1, slot + 1
+
+
+@compiled
+def softmax(scores, row, s, scale):
+    """Of scale * scores[row, :s], in place: scores (rows, keys)."""
+    highest = scores[row, 0]
+    for j in range(s):
+        highest = max(highest, scores[row, j])
     total = np.float32(0)
-    for j in range(len(scores)):
-        scores[j] = exp((scores[j] - highest) * scale)
-        total += scores[j]
-    for j in range(len(scores)):
-        scores[j] /= total
+    for j in range(s):
+        scores[row, j] = exp((scores[row, j] - highest) * scale)
+        total += scores[row, j]
+    share = np.float32(1) / total
+    for j in range(s):
+        scores[row, j] *= share
+
+
+@compiled
+def add_values(weights, row, values, rows, s, out, out_row):
+    """out[out_row] += weights[row, :s] @ values[rows[:s]]."""
+    d, j = values.shape[1], 0
+    while j + 4 <= s:
+        a, b, c, e = rows[j], rows[j + 1], rows[j + 2], rows[j + 3]
+        wa, wb, wc, we = weights[row, j], weights[row, j + 1], weights[row, j + 2], weights[row, j + 3]
+        for i in range(d):
+            out[out_row, i] += wa * values[a, i] + wb * values[b, i] + wc * values[c, i] + we * values[e, i]
+        j += 4
+    while j < s:
+        for i in range(d):
+            out[out_row, i] += weights[row, j] * values[rows[j], i]
+        j += 1
 
 
 # --------------------------------------------------------------------------------------------------- feed-forward networks
@@ -398,7 +415,7 @@ def mlp(h, weights, eps, threads):
 
 @compiled
 def swiglu(x, gate, up, down, out, threads):
-    """out += down(silu(gate(x)) * up(x))."""
+    """out += down(silu(gate(x)) * up(x)): x (n, h), gate and up (i, h), down (h, i)."""
     act, ups = np.zeros((len(x), len(gate)), dtype=np.float32), np.zeros((len(x), len(gate)), dtype=np.float32)
     linear(x, gate, act, threads)
     linear(x, up, ups, threads)
@@ -487,23 +504,26 @@ def take_largest(values, indices):
 
 @threaded
 def routed_experts(x, experts, weights, gate_up, down, out, threads):
-    """out += each token through its experts, weighted. x (n, h), experts and weights (n, k). An expert's weights are read
-    once for all of its tokens, and only if it has some. Each thread has a part of every expert's outputs, so that nobody
-    waits for the busiest expert, and none writes where another does."""
+    """out += each token through its experts, weighted. x (n, h), experts and weights (n, k).
+
+    An expert's weights are read once for all of its tokens, and only if it has some, from front to back by one thread. What
+    the other threads add to a token is kept apart and added at last.
+    """
     (n, k), (e, h, width) = experts.shape, down.shape
     token, weight, ends = sort_by_expert(experts, weights, e)
-    act, ups = np.zeros((n * k, width), dtype=np.float32), np.zeros((n * k, width), dtype=np.float32)
     parts = parts_worth(n * k * h * width * 3, threads)
     fetched = np.empty(parts, dtype=np.float32)  # as in `linear`
     if parts == 1:
-        fetched[0] = experts_in(x, token, weight, ends, gate_up, act, ups, 0, width)
-        fetched[0] = experts_out(act, token, ends, down, out, 0, h)
+        fetched[0] = through_experts(x, token, weight, ends, gate_up, down, out, 0, e)
         return
+    borders, others = divided(ends, parts), np.zeros((parts, n, h), dtype=np.float32)
     for part in prange(parts):
-        first, last = part_of(width, part, parts), part_of(width, part + 1, parts)
-        fetched[part] = experts_in(x, token, weight, ends, gate_up, act, ups, first, last)
-    for part in prange(parts):
-        fetched[part] = experts_out(act, token, ends, down, out, part_of(h, part, parts), part_of(h, part + 1, parts))
+        own = others[part]
+        fetched[part] = through_experts(x, token, weight, ends, gate_up, down, own, borders[part], borders[part + 1])
+    for part in range(parts):
+        for t in range(n):
+            for c in range(h):
+                out[t, c] += others[part, t, c]
 
 
 @compiled
@@ -530,34 +550,49 @@ def sort_by_expert(experts, weights, e):
 
 
 @compiled
-def experts_in(x, token, weight, ends, gate_up, act, ups, first, last):
-    """act = weight * silu(gate(x)) * up(x): columns `first` to `last` of all rows, (r, i)."""
-    rows, columns, width = np.arange(len(token)), np.arange(act.shape[1]), act.shape[1]
-    start, fetched, large = 0, np.float32(0), gate_up.size >= LARGE
-    for expert in range(len(ends)):
-        mine = slice(start, ends[expert])
-        if mine.stop > start:
-            if large:
-                fetched += fetch(gate_up[expert], first, last) + fetch(gate_up[expert], width + first, width + last)
-            add_products(x, token[mine], gate_up[expert, :width], columns, first, last, act, rows[mine])
-            add_products(x, token[mine], gate_up[expert, width:], columns, first, last, ups, rows[mine])
-        start = mine.stop
-    for row in range(len(token)):
-        for c in range(first, last):
-            act[row, c] *= sigmoid(act[row, c]) * ups[row, c] * weight[row]
-    return fetched
+def divided(ends, parts):
+    """Experts for each part: part p has those from borders[p] to borders[p + 1], (parts + 1,). An expert that has tokens is
+    as much work as EXPERT_ROWS of them, and its tokens."""
+    e = len(ends)
+    work, start, total = np.empty(e, dtype=np.int64), 0, 0
+    for expert in range(e):
+        if ends[expert] > start:
+            total += EXPERT_ROWS + ends[expert] - start
+        work[expert], start = total, ends[expert]  # of all experts up to this one
+    borders, part = np.full(parts + 1, e), 1
+    borders[0] = 0
+    for expert in range(e):
+        while part < parts and work[expert] * parts > total * part:
+            before = work[expert - 1] if expert else 0
+            # This expert goes to the side to which more of it belongs.
+            nearer = (work[expert] + before) * parts > 2 * total * part
+            borders[part] = expert if nearer else expert + 1
+            part += 1
+    return borders
 
 
 @compiled
-def experts_out(act, token, ends, down, out, first, last):
-    """out += down(act): columns `first` to `last`, each row's to its token."""
-    rows, columns = np.arange(len(token)), np.arange(out.shape[1])
-    start, fetched, large = 0, np.float32(0), down.size >= LARGE
-    for expert in range(len(ends)):
-        mine = slice(start, ends[expert])
-        if mine.stop > start:
+def through_experts(x, token, weight, ends, gate_up, down, out, first, last):
+    """out += the rows of experts `first` to `last`: down(weight * silu(gate(x)) * up(x))."""
+    (_, h, width), start = down.shape, ends[first - 1] if first else 0
+    most, begin = 0, start
+    for expert in range(first, last):
+        most, begin = max(most, ends[expert] - begin), ends[expert]
+    rows, columns, fetched = np.arange(most), np.arange(max(2 * width, h)), np.float32(0)
+    both, act = np.empty((most, 2 * width), dtype=np.float32), np.empty((most, width), dtype=np.float32)
+    large = gate_up.size >= LARGE
+    for expert in range(first, last):
+        count, tokens = ends[expert] - start, token[start : ends[expert]]
+        if count:
             if large:
-                fetched += fetch(down[expert], first, last)
-            add_products(act, rows[mine], down[expert], columns, first, last, out, token[mine])
-        start = mine.stop
+                fetched += fetch(gate_up[expert], 0, 2 * width)
+            both[:count] = 0
+            add_products(x, tokens, gate_up[expert], columns, 0, 2 * width, both, rows[:count])
+            for j in range(count):
+                for c in range(width):
+                    act[j, c] = both[j, c] * sigmoid(both[j, c]) * both[j, width + c] * weight[start + j]
+            if large:
+                fetched += fetch(down[expert], 0, h)
+            add_products(act, rows[:count], down[expert], columns, 0, h, out, tokens)
+        start = ends[expert]
     return fetched
