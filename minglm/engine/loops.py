@@ -28,8 +28,8 @@ numba.get_num_threads()
 torch.set_num_threads(pytorchs_threads)
 # Multiplications that are worth a second thread: starting one costs a few microseconds.
 WORTH_A_THREAD = 2**18
-# Weights that do not stay in a core's cache from step to step, in numbers: 2 MB.
-LARGE = 2**19
+# Weights that do not stay near a core while the rest of a model passes by, in numbers: 512 KB of one matrix.
+LARGE = 2**17
 # So many tokens are as much work as reading an expert's weights.
 EXPERT_ROWS = 8
 # Values of activations that are worked on at a time, while all weights pass by: they stay in the nearest caches.
