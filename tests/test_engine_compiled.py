@@ -225,3 +225,28 @@ def test_a_forked_child_computes_on_one_thread():
         assert compiled.threads_allowed() == 1
     finally:
         compiled._forked = before
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=24), st.integers(1, 6))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_threads_share_all_experts_and_none_has_much_more_than_its_part(counts, parts):
+    borders = loops.divided(np.cumsum(counts), parts)
+    assert borders[0] == 0 and borders[-1] == len(counts) and len(borders) == parts + 1
+    assert (np.diff(borders) >= 0).all()
+    work = [loops.EXPERT_ROWS + count if count else 0 for count in counts]
+    shares = [sum(work[first:last]) for first, last in zip(borders, borders[1:], strict=False)]
+    assert max(shares) <= sum(work) / parts + max(work)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 5))
+@settings(deadline=None, derandomize=True, max_examples=8)
+def test_experts_give_the_same_on_any_number_of_threads(seed, threads):
+    rng = np.random.default_rng(seed)
+    n, k, e, h, width = 24, 3, 7, 64, 96  # enough work for a second thread
+    x, gate_up, down = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n, h), (e, 2 * width, h), (e, h, width)))
+    experts, weights = rng.integers(0, e, (n, k)), rng.random((n, k), dtype=np.float32)
+    assert loops.parts_worth(n * k * h * width * 3, threads) == threads
+    alone, together = np.zeros((n, h), dtype=np.float32), np.zeros((n, h), dtype=np.float32)
+    loops.routed_experts(x, experts, weights, gate_up, down, alone, 1)
+    loops.routed_experts(x, experts, weights, gate_up, down, together, threads)
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-5 * np.abs(alone).max())
