@@ -28,7 +28,7 @@ numba.get_num_threads()
 torch.set_num_threads(pytorchs_threads)
 # Multiplications that are worth a second thread: starting one costs a few microseconds.
 WORTH_A_THREAD = 2**18
-# Weights that do not stay near a core while the rest of a model passes by, in numbers: 512 KB of one matrix.
+# Weights that do not stay near a core while the rest of a model passes by, in numbers: 512 KB of one tensor.
 LARGE = 2**17
 # So many tokens are as much work as reading an expert's weights.
 EXPERT_ROWS = 8
@@ -262,12 +262,18 @@ def rms_norm(x, weight, eps, out):
     """x (m, d), weight (d,) -> out (m, d), which may be x."""
     m, d = x.shape
     for j in range(m):
-        total = np.float32(0)
-        for c in range(d):
-            total += x[j, c] * x[j, c]
-        scale = np.float32(1) / np.sqrt(total / np.float32(d) + np.float32(eps))
+        scale = inverse_rms(x, j, eps)
         for c in range(d):
             out[j, c] = x[j, c] * scale * weight[c]
+
+
+@compiled
+def inverse_rms(x, row, eps):
+    """What RMSNorm multiplies x[row] by: x (m, d)."""
+    d, total = x.shape[1], np.float32(0)
+    for c in range(d):
+        total += x[row, c] * x[row, c]
+    return np.float32(1) / np.sqrt(total / np.float32(d) + np.float32(eps))
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -286,8 +292,9 @@ def attention(h, weights, places, keys, values, eps, threads):
     linear(x, weights.v, v, threads)
     heads = q.shape[1] // d
     q, k, v = q.reshape(n, heads, d), k.reshape(n, kv_heads, d), v.reshape(n, kv_heads, d)
+    k_rows = k.reshape(-1, d)  # (n * kv_heads, d)
     for t in range(n):
-        turn(k, t, weights.k_norm, eps, places.cos, places.sin)
+        turn(k_rows, t, kv_heads, weights.k_norm, eps, places.cos, places.sin)
         keys[places.slots[t]] = k[t]
         values[places.slots[t]] = v[t]
     out = np.zeros((n, heads * d), dtype=np.float32)
@@ -327,7 +334,7 @@ def attend_some(q, q_norm, places, keys, values, eps, out, first, step):
     weights = np.empty((group, most), dtype=np.float32)
     scale = np.float32(1) / np.sqrt(np.float32(d))
     for t in range(first, n, step):
-        turn(q, t, q_norm, eps, places.cos, places.sin)
+        turn(q_rows, t, heads, q_norm, eps, places.cos, places.sin)
         s = places.positions[t] + 1 - places.first_key
         for head in range(kv_heads):
             seen(places, t, kv_heads, head, rows)
@@ -342,21 +349,18 @@ def attend_some(q, q_norm, places, keys, values, eps, out, first, step):
 
 
 @compiled
-def turn(x, t, norm, eps, cos, sin):
-    """Norm (if there is one) and RoPE of all heads of token t, in place: x (n, heads, d), norm (d,), cos and sin (n, p)."""
-    (_, heads, d), p = x.shape, cos.shape[1]
-    for head in range(heads):
+def turn(x, t, heads, norm, eps, cos, sin):
+    """Norm (if there is one) and RoPE of all heads of token t, in place: x (n * heads, d), norm (d,), cos and sin (n, p)."""
+    d, p = x.shape[1], cos.shape[1]
+    for row in range(t * heads, (t + 1) * heads):
         if len(norm):
-            total = np.float32(0)
+            scale = inverse_rms(x, row, eps)
             for c in range(d):
-                total += x[t, head, c] * x[t, head, c]
-            scale = np.float32(1) / np.sqrt(total / np.float32(d) + np.float32(eps))
-            for c in range(d):
-                x[t, head, c] *= scale * norm[c]
+                x[row, c] *= scale * norm[c]
         for c in range(p):
-            first, second = x[t, head, c], x[t, head, c + p]
-            x[t, head, c] = first * cos[t, c] - second * sin[t, c]
-            x[t, head, c + p] = second * cos[t, c] + first * sin[t, c]
+            first, second = x[row, c], x[row, c + p]
+            x[row, c] = first * cos[t, c] - second * sin[t, c]
+            x[row, c + p] = second * cos[t, c] + first * sin[t, c]
 
 
 @compiled
@@ -507,7 +511,7 @@ def routed_experts(x, experts, weights, gate_up, down, out, threads):
     """out += each token through its experts, weighted. x (n, h), experts and weights (n, k).
 
     An expert's weights are read once for all of its tokens, and only if it has some, from front to back by one thread. What
-    the other threads add to a token is kept apart and added at last.
+    each of several threads adds to the tokens is kept apart and added at last.
     """
     (n, k), (e, h, width) = experts.shape, down.shape
     token, weight, ends = sort_by_expert(experts, weights, e)
