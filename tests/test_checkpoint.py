@@ -636,6 +636,7 @@ def kilobytes(key):
 
 def peak(action, before=None):
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what others have freed is not to be counted as held
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = before or kilobytes("VmRSS")
     result = action()  # kept alive until measured
@@ -648,7 +649,7 @@ shard = 12 * 2**20
 save_model(GLM(GLMConfig()), folder / "warm-up")
 load_model(folder / "warm-up")
 gc.collect()
-ctypes.CDLL(None).malloc_trim(0)  # what the warm-up has freed is not to be counted as held
+ctypes.CDLL(None).malloc_trim(0)
 start = kilobytes("VmRSS")
 model = GLM(config)
 size = sum(p.nbytes for p in model.parameters()) / 2**20
@@ -669,5 +670,5 @@ def test_memory_stays_at_one_model_and_one_shard(tmp_path):
     assert size > 4 * (shard + slack)
     assert saving < shard + slack  # beside the model
     assert casting < shard + slack
-    assert converting < 2 * shard + slack  # a shard to write, and the mapped one that it is read from
+    assert converting < 3 * shard + slack  # a shard to write, and the mapped float32 that it is read from: twice as large
     assert size <= loading < size + shard + slack
