@@ -1,11 +1,13 @@
 """The loops compute what the model computes: over drawn architectures, sequences of any lengths, and blocks in any order."""
 
 import dataclasses
+import functools
 import math
 import os
 import subprocess
 import sys
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -130,14 +132,29 @@ def assert_close(found: list[Tensor], wanted: list[Tensor]) -> None:
 NANO = GLMConfig.from_toml(find_config("model", "nano"))
 
 
-@pytest.mark.parametrize("tokens", [1, 9])
-def test_weights_too_large_for_the_caches_are_read_first_and_change_nothing(tokens):
-    wide = {"hidden_size": 256, "intermediate_size": 2304, "moe_intermediate_size": 96, "vocab_size": 4096}
-    model = random_model(dataclasses.replace(NANO, num_hidden_layers=2, **wide), 0)
-    large = [model.model.layers[0].mlp.up_proj.weight, model.model.layers[1].mlp.experts.down_proj, model.lm_head.weight]
-    assert all(weight.numel() >= loops.LARGE for weight in large)
-    steps = [dict.fromkeys(range(12), tokens)] * 2
-    assert_close(passes(CompiledModel(model), model, 16, 0, steps), passes(model, model, 16, 0, steps))
+@functools.cache
+def tile_as_a_function(tokens: int, lanes: int):
+    """Of lanes that other CPUs have, too: LLVM makes do with what there is."""
+    tile = loops.tile_of(tokens, lanes)
+
+    four_rows = numba.njit(lambda m: (loops.address(m, 0), loops.address(m, 1), loops.address(m, 2), loops.address(m, 3)))
+    some_rows = four_rows if tokens == 4 else numba.njit(lambda m: (loops.address(m, 0),))
+    return numba.njit(lambda x, weight, numbers, sums: tile(some_rows(x), four_rows(weight), numbers, sums.ctypes.data))
+
+
+@LAW
+@given(st.sampled_from([1, 4]), st.sampled_from([4, 8, 16]), st.integers(0, 5), st.integers(0, 3), st.integers(0, 2**32))
+def test_a_tile_is_the_products_of_its_rows(tokens, lanes, steps, more, seed):
+    random = np.random.default_rng(seed)
+    numbers = steps * lanes
+    x, weight = (random.standard_normal((rows, numbers + more + 1), dtype=np.float32) for rows in (tokens, 4))
+    sums = np.full(max(lanes, 4 * tokens) + 1, np.nan, dtype=np.float32)
+    tile_as_a_function(tokens, lanes)(x, weight, numbers, sums)
+    wanted = x[:, :numbers].astype(np.float64) @ weight[:, :numbers].T
+    assert np.isnan(sums[-1])  # what lies behind is left alone
+    eps = np.finfo(np.float32).eps
+    size = np.abs(x[:, :numbers]) @ np.abs(weight[:, :numbers]).T
+    assert (np.abs(sums[: 4 * tokens].reshape(tokens, 4) - wanted) <= eps * (steps + 5) * size + 1e-30).all()
 
 
 def test_two_threads_compute_the_same_and_the_same_bits_again():

@@ -16,7 +16,11 @@ from typing import NamedTuple
 import numba
 import numpy as np
 import torch
-from numba import njit, prange
+from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
+from numba import njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy import ndarray
 
 # Sums may be added in another order, which is what lets LLVM use vectors. NaN and infinity keep their meaning.
@@ -28,8 +32,14 @@ numba.get_num_threads()
 torch.set_num_threads(pytorchs_threads)
 # Multiplications that are worth a second thread: starting one costs a few microseconds.
 WORTH_A_THREAD = 2**18
-# Weights that do not stay near a core while the rest of a model passes by, in numbers: 512 KB of one tensor.
-LARGE = 2**17
+# Floats of a vector of the CPU at hand; LLVM splits no vector then, so that registers are enough.
+FEATURES = get_host_cpu_features()
+LANES = 16 if FEATURES.get("avx512f") else 8 if FEATURES.get("avx") else 4
+# Fetching so far ahead of the weights in use, in bytes, hides the way from main memory; past the end of one matrix lies, as a
+# rule, what is needed next, and a prefetch of what is not there does nothing.
+AHEAD = 2**15
+CACHE_LINE = 64
+PREFETCH, TO_READ_FROM_L2 = "llvm.prefetch.p0", (0, 2, 1)
 # So many tokens are as much work as reading an expert's weights.
 EXPERT_ROWS = 8
 # Values of activations that are worked on at a time, while all weights pass by: they stay in the nearest caches.
@@ -118,6 +128,72 @@ class Places(NamedTuple):
 # ------------------------------------------------------------------------------------------------------------- products
 
 
+def tile_of(tokens: int, lanes: int = LANES):
+    """A function (x, weight, numbers, sums) for compiled code: sums[4 t + o] = x[t] . weight[o] over the first `numbers`
+    numbers, a multiple of `lanes`. x: the addresses of `tokens` rows; weight: those of 4 rows; sums: of max(lanes, 4 * tokens)
+    floats, and what it has beyond 4 * tokens is of no use.
+
+    It is written in LLVM's own language, which says what a loop cannot. 4 by 4 take eight loads for sixteen products, and
+    sixteen sums fit a CPU's vector registers. Meanwhile weights AHEAD of these are fetched: main memory is fast for those who
+    read in order and need not wait. The vectors of sums are added up all at once, two vectors to one at each step.
+    """
+
+    floats = ir.VectorType(ir.FloatType(), lanes)
+
+    @intrinsic
+    def tile(_, x, weight, numbers, sums):
+        signature = types.void(types.UniTuple(types.intp, tokens), types.UniTuple(types.intp, 4), types.intp, types.intp)
+        return signature, emit
+
+    def emit(context, builder, _, arguments):
+        def call(name, *values):
+            kind = ir.FunctionType(ir.VoidType() if name == PREFETCH else floats, [value.type for value in values])
+            return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
+
+        def vector(address, offset):
+            return builder.load(builder.inttoptr(builder.add(address, offset), floats.as_pointer()), align=4)
+
+        def number(value):
+            return ir.Constant(numbers.type, value)
+
+        x, weight, numbers, sums = arguments
+        x, weight = cgutils.unpack_tuple(builder, x), cgutils.unpack_tuple(builder, weight)
+        totals = [cgutils.alloca_once_value(builder, ir.Constant(floats, None)) for _ in range(4 * tokens)]
+        with cgutils.for_range_slice(builder, number(0), numbers, number(lanes), numbers.type) as (start, _):
+            offset = builder.mul(start, number(4))  # in bytes
+            w = [vector(address, offset) for address in weight]
+            for t in range(tokens):
+                x_t = vector(x[t], offset)
+                for o in range(4):
+                    total = totals[4 * t + o]
+                    builder.store(call(f"llvm.fma.v{lanes}f32", x_t, w[o], builder.load(total)), total)
+            ahead = builder.add(weight[0], builder.mul(offset, number(4)))  # the four rows are one stretch of memory
+            for line in range(0, 4 * 4 * lanes, CACHE_LINE):
+                address = builder.inttoptr(builder.add(ahead, number(AHEAD + line)), ir.IntType(8).as_pointer())
+                call(PREFETCH, address, *(ir.Constant(ir.IntType(32), flag) for flag in TO_READ_FROM_L2))
+        vectors = [builder.load(total) for total in totals]
+        lane_bit = lanes // 2
+        while lane_bit:  # a lane ends up with the sum that has its number
+            pairs = [(n, n | lane_bit) for n in range(len(vectors)) if not n & lane_bit]
+            if lane_bit >= len(vectors):
+                pairs = [(n, n) for n in range(len(vectors))]
+            low = [lanes + lane - lane_bit if lane & lane_bit else lane for lane in range(lanes)]
+            high = [lanes + lane if lane & lane_bit else lane + lane_bit for lane in range(lanes)]
+            masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen) for chosen in (low, high)]
+            halves = [[builder.shuffle_vector(vectors[a], vectors[b], mask) for mask in masks] for a, b in pairs]
+            vectors = [builder.fadd(*both) for both in halves]
+            lane_bit //= 2
+        for n, total in enumerate(vectors):
+            address = builder.inttoptr(builder.add(sums, number(4 * lanes * n)), floats.as_pointer())
+            builder.store(total, address, align=4)
+        return context.get_dummy_value()
+
+    return tile
+
+
+four_by_four, one_by_four = tile_of(4), tile_of(1)
+
+
 @compiled
 def add_products(x, x_rows, weight, w_rows, first, last, out, out_rows):
     """out[out_rows[j], o] += x[x_rows[j]] . weight[w_rows[o]], for outputs o from `first` to `last`.
@@ -132,72 +208,34 @@ def add_products(x, x_rows, weight, w_rows, first, last, out, out_rows):
 
 @compiled
 def add_products_of(x, x_rows, weight, w_rows, first, last, out, out_rows):
-    """Four tokens by four outputs at a time: eight loads for sixteen products. Sixteen sums fit a CPU's vector registers."""
+    """Four outputs by four tokens or by one. Where fewer are left, the last one stands for those that are missing."""
     n, width = len(x_rows), weight.shape[1]
-    zero = np.float32(0)
-    o = first
-    while o + 4 <= last:
-        p, q, r, s = w_rows[o], w_rows[o + 1], w_rows[o + 2], w_rows[o + 3]
+    sums, whole = np.empty(max(16, LANES), dtype=np.float32), width // LANES * LANES
+    for o in range(first, last, 4):
+        p, q, r, s = w_rows[o], w_rows[min(o + 1, last - 1)], w_rows[min(o + 2, last - 1)], w_rows[min(o + 3, last - 1)]
+        four = address(weight, p), address(weight, q), address(weight, r), address(weight, s)
         j = 0
-        while j + 1 < n:  # where two or three tokens are left, the last one stands for those that are missing
-            a, b, c, d = x_rows[j], x_rows[j + 1], x_rows[min(j + 2, n - 1)], x_rows[min(j + 3, n - 1)]
-            ap = aq = ar = as_ = bp = bq = br = bs = cp = cq = cr = cs = dp = dq = dr = ds = zero
-            for i in range(width):
-                wp, wq, wr, ws = weight[p, i], weight[q, i], weight[r, i], weight[s, i]
-                xa, xb, xc, xd = x[a, i], x[b, i], x[c, i], x[d, i]
-                ap, aq, ar, as_ = ap + xa * wp, aq + xa * wq, ar + xa * wr, as_ + xa * ws
-                bp, bq, br, bs = bp + xb * wp, bq + xb * wq, br + xb * wr, bs + xb * ws
-                cp, cq, cr, cs = cp + xc * wp, cq + xc * wq, cr + xc * wr, cs + xc * ws
-                dp, dq, dr, ds = dp + xd * wp, dq + xd * wq, dr + xd * wr, ds + xd * ws
-            add_four(out, out_rows[j], o, ap, aq, ar, as_)
-            add_four(out, out_rows[j + 1], o, bp, bq, br, bs)
-            if j + 2 < n:
-                add_four(out, out_rows[j + 2], o, cp, cq, cr, cs)
-            if j + 3 < n:
-                add_four(out, out_rows[j + 3], o, dp, dq, dr, ds)
-            j += 4
-        if j < n:
-            a = x_rows[j]
-            ap = aq = ar = as_ = zero
-            for i in range(width):
-                xa = x[a, i]
-                ap, aq, ar, as_ = (
-                    ap + xa * weight[p, i],
-                    aq + xa * weight[q, i],
-                    ar + xa * weight[r, i],
-                    as_ + xa * weight[s, i],
-                )
-            add_four(out, out_rows[j], o, ap, aq, ar, as_)
-        o += 4
-    while o < last:  # fewer than four are left
-        p = w_rows[o]
-        for j in range(n):
-            a, ap = x_rows[j], zero
-            for i in range(width):
-                ap += x[a, i] * weight[p, i]
-            out[out_rows[j], o] += ap
-        o += 1
+        while j < n:
+            tokens = min(4, n - j) if j + 1 < n else 1
+            if tokens > 1:
+                b, c, d = x_rows[j + 1], x_rows[min(j + 2, n - 1)], x_rows[min(j + 3, n - 1)]
+                these = address(x, x_rows[j]), address(x, b), address(x, c), address(x, d)
+                four_by_four(these, four, whole, sums.ctypes.data)
+            else:
+                one_by_four((address(x, x_rows[j]),), four, whole, sums.ctypes.data)
+            for t in range(tokens):
+                for k in range(min(4, last - o)):
+                    total, row = sums[4 * t + k], x_rows[j + t]
+                    for i in range(whole, width):
+                        total += x[row, i] * weight[w_rows[o + k], i]
+                    out[out_rows[j + t], o + k] += total
+            j += tokens
 
 
 @compiled
-def add_four(out, row, o, s0, s1, s2, s3):
-    out[row, o] += s0
-    out[row, o + 1] += s1
-    out[row, o + 2] += s2
-    out[row, o + 3] += s3
-
-
-@compiled
-def fetch(weight, first, last):
-    """Read rows of a matrix from front to back, and return their sum, which is of no use: after it they are in the cache.
-
-    Main memory is fast for those who read it in order; `add_products` reads four rows at once and waits for each.
-    """
-    total = np.float32(0)
-    for o in range(first, last):
-        for i in range(weight.shape[1]):
-            total += weight[o, i]
-    return total
+def address(matrix, row):
+    """Of a row of an fp32 matrix."""
+    return matrix.ctypes.data + row * matrix.shape[1] * 4
 
 
 @compiled
@@ -216,25 +254,20 @@ def linear(x, weight, out, threads):
     """out += x @ weight^T: x (n, in), weight (out, in)."""
     outputs = len(weight)
     parts = parts_worth(len(x) * weight.size, threads)
-    fetched = np.empty(parts, dtype=np.float32)  # kept, or the compiler would leave the fetching out
     if parts == 1:
-        fetched[0] = linear_part(x, weight, 0, outputs, out)
+        linear_part(x, weight, 0, outputs, out)
         return
     for part in prange(parts):
-        fetched[part] = linear_part(x, weight, part_of(outputs, part, parts), part_of(outputs, part + 1, parts), out)
+        linear_part(x, weight, part_of(outputs, part, parts), part_of(outputs, part + 1, parts), out)
 
 
 @compiled
 def linear_part(x, weight, first, last, out):
     """Outputs `first` to `last` of `linear`, 256 KB of weights at a time."""
-    rows, outputs, large = np.arange(len(x)), np.arange(len(weight)), weight.size >= LARGE
-    fetched, step = np.float32(0), max(4, 2**16 // weight.shape[1] // 4 * 4)
+    rows, outputs = np.arange(len(x)), np.arange(len(weight))
+    step = max(4, 2**16 // weight.shape[1] // 4 * 4)
     for start in range(first, last, step):
-        stop = min(start + step, last)
-        if large:
-            fetched += fetch(weight, start, stop)
-        add_products(x, rows, weight, outputs, start, stop, out, rows)
-    return fetched
+        add_products(x, rows, weight, outputs, start, min(start + step, last), out, rows)
 
 
 # ------------------------------------------------------------------------------------------------- norms and nonlinearities
@@ -516,14 +549,13 @@ def routed_experts(x, experts, weights, gate_up, down, out, threads):
     (n, k), (e, h, width) = experts.shape, down.shape
     token, weight, ends = sort_by_expert(experts, weights, e)
     parts = parts_worth(n * k * h * width * 3, threads)
-    fetched = np.empty(parts, dtype=np.float32)  # as in `linear`
     if parts == 1:
-        fetched[0] = through_experts(x, token, weight, ends, gate_up, down, out, 0, e)
+        through_experts(x, token, weight, ends, gate_up, down, out, 0, e)
         return
     borders, others = divided(ends, parts), np.zeros((parts, n, h), dtype=np.float32)
     for part in prange(parts):
         own = others[part]
-        fetched[part] = through_experts(x, token, weight, ends, gate_up, down, own, borders[part], borders[part + 1])
+        through_experts(x, token, weight, ends, gate_up, down, own, borders[part], borders[part + 1])
     for part in range(parts):
         for t in range(n):
             for c in range(h):
@@ -582,21 +614,15 @@ def through_experts(x, token, weight, ends, gate_up, down, out, first, last):
     most, begin = 0, start
     for expert in range(first, last):
         most, begin = max(most, ends[expert] - begin), ends[expert]
-    rows, columns, fetched = np.arange(most), np.arange(max(2 * width, h)), np.float32(0)
+    rows, columns = np.arange(most), np.arange(max(2 * width, h))
     both, act = np.empty((most, 2 * width), dtype=np.float32), np.empty((most, width), dtype=np.float32)
-    large = gate_up.size >= LARGE
     for expert in range(first, last):
         count, tokens = ends[expert] - start, token[start : ends[expert]]
         if count:
-            if large:
-                fetched += fetch(gate_up[expert], 0, 2 * width)
             both[:count] = 0
             add_products(x, tokens, gate_up[expert], columns, 0, 2 * width, both, rows[:count])
             for j in range(count):
                 for c in range(width):
                     act[j, c] = both[j, c] * sigmoid(both[j, c]) * both[j, width + c] * weight[start + j]
-            if large:
-                fetched += fetch(down[expert], 0, h)
             add_products(act, rows[:count], down[expert], columns, 0, h, out, tokens)
         start = ends[expert]
-    return fetched
