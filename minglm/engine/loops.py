@@ -129,9 +129,8 @@ class Places(NamedTuple):
 
 
 def tile_of(tokens: int, lanes: int = LANES):
-    """A function (x, weight, numbers, sums) for compiled code: sums[4 t + o] = x[t] . weight[o] over the first `numbers`
-    numbers, a multiple of `lanes`. x: the addresses of `tokens` rows; weight: those of 4 rows; sums: of max(lanes, 4 * tokens)
-    floats, and what it has beyond 4 * tokens is of no use.
+    """A function (x, weight, numbers, out) for compiled code: out[t][o] += x[t] . weight[o] over the first `numbers` numbers,
+    a multiple of `lanes`. x: the addresses of `tokens` rows; weight: those of 4 rows; out: those of 4 floats for each token.
 
     It is written in LLVM's own language, which says what a loop cannot. 4 by 4 take eight loads for sixteen products, and
     sixteen sums fit a CPU's vector registers. Meanwhile weights AHEAD of these are fetched: main memory is fast for those who
@@ -141,36 +140,39 @@ def tile_of(tokens: int, lanes: int = LANES):
     floats = ir.VectorType(ir.FloatType(), lanes)
 
     @intrinsic
-    def tile(_, x, weight, numbers, sums):
-        signature = types.void(types.UniTuple(types.intp, tokens), types.UniTuple(types.intp, 4), types.intp, types.intp)
-        return signature, emit
+    def tile(_, x, weight, numbers, out):
+        rows = types.UniTuple(types.intp, tokens)
+        return types.void(rows, types.UniTuple(types.intp, 4), types.intp, rows), emit
 
     def emit(context, builder, _, arguments):
         def call(name, *values):
             kind = ir.FunctionType(ir.VoidType() if name == PREFETCH else floats, [value.type for value in values])
             return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
-        def vector(address, offset):
-            return builder.load(builder.inttoptr(builder.add(address, offset), floats.as_pointer()), align=4)
+        def pointer(address, offset, kind):
+            return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+        def mask(chosen):
+            return ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), chosen)
 
         def number(value):
             return ir.Constant(numbers.type, value)
 
-        x, weight, numbers, sums = arguments
-        x, weight = cgutils.unpack_tuple(builder, x), cgutils.unpack_tuple(builder, weight)
+        numbers = arguments[2]
+        x, weight, out = (cgutils.unpack_tuple(builder, arguments[n]) for n in (0, 1, 3))
         totals = [cgutils.alloca_once_value(builder, ir.Constant(floats, None)) for _ in range(4 * tokens)]
         with cgutils.for_range_slice(builder, number(0), numbers, number(lanes), numbers.type) as (start, _):
             offset = builder.mul(start, number(4))  # in bytes
-            w = [vector(address, offset) for address in weight]
+            w = [builder.load(pointer(address, offset, floats), align=4) for address in weight]
             for t in range(tokens):
-                x_t = vector(x[t], offset)
+                x_t = builder.load(pointer(x[t], offset, floats), align=4)
                 for o in range(4):
                     total = totals[4 * t + o]
                     builder.store(call(f"llvm.fma.v{lanes}f32", x_t, w[o], builder.load(total)), total)
             ahead = builder.add(weight[0], builder.mul(offset, number(4)))  # the four rows are one stretch of memory
             for line in range(0, 4 * 4 * lanes, CACHE_LINE):
-                address = builder.inttoptr(builder.add(ahead, number(AHEAD + line)), ir.IntType(8).as_pointer())
-                call(PREFETCH, address, *(ir.Constant(ir.IntType(32), flag) for flag in TO_READ_FROM_L2))
+                line = pointer(ahead, number(AHEAD + line), ir.IntType(8))
+                call(PREFETCH, line, *(ir.Constant(ir.IntType(32), flag) for flag in TO_READ_FROM_L2))
         vectors = [builder.load(total) for total in totals]
         lane_bit = lanes // 2
         while lane_bit:  # a lane ends up with the sum that has its number
@@ -179,13 +181,16 @@ def tile_of(tokens: int, lanes: int = LANES):
                 pairs = [(n, n) for n in range(len(vectors))]
             low = [lanes + lane - lane_bit if lane & lane_bit else lane for lane in range(lanes)]
             high = [lanes + lane if lane & lane_bit else lane + lane_bit for lane in range(lanes)]
-            masks = [ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen) for chosen in (low, high)]
-            halves = [[builder.shuffle_vector(vectors[a], vectors[b], mask) for mask in masks] for a, b in pairs]
+            halves = [
+                [builder.shuffle_vector(vectors[a], vectors[b], mask(chosen)) for chosen in (low, high)] for a, b in pairs
+            ]
             vectors = [builder.fadd(*both) for both in halves]
             lane_bit //= 2
-        for n, total in enumerate(vectors):
-            address = builder.inttoptr(builder.add(sums, number(4 * lanes * n)), floats.as_pointer())
-            builder.store(total, address, align=4)
+        for t in range(tokens):
+            own = [4 * t % lanes + o for o in range(4)]
+            four = builder.shuffle_vector(*[vectors[4 * t // lanes]] * 2, mask(own))
+            address = pointer(out[t], number(0), four.type)
+            builder.store(builder.fadd(builder.load(address, align=4), four), address, align=4)
         return context.get_dummy_value()
 
     return tile
@@ -208,34 +213,46 @@ def add_products(x, x_rows, weight, w_rows, first, last, out, out_rows):
 
 @compiled
 def add_products_of(x, x_rows, weight, w_rows, first, last, out, out_rows):
-    """Four outputs by four tokens or by one. Where fewer are left, the last one stands for those that are missing."""
+    """Four outputs by four tokens or by one. Where fewer are left, the last one stands for those that are missing, and what
+    comes out for these is left in `spare`."""
     n, width = len(x_rows), weight.shape[1]
-    sums, whole = np.empty(max(16, LANES), dtype=np.float32), width // LANES * LANES
+    whole, spare = width // LANES * LANES, np.empty((4, 4), dtype=np.float32)
+    nowhere = address(spare, 0, 0)
     for o in range(first, last, 4):
         p, q, r, s = w_rows[o], w_rows[min(o + 1, last - 1)], w_rows[min(o + 2, last - 1)], w_rows[min(o + 3, last - 1)]
-        four = address(weight, p), address(weight, q), address(weight, r), address(weight, s)
+        four = address(weight, p, 0), address(weight, q, 0), address(weight, r, 0), address(weight, s, 0)
+        if o + 4 > last:
+            for j in range(n):
+                spare[:] = 0
+                one_by_four((address(x, x_rows[j], 0),), four, whole, (nowhere,))
+                for k in range(last - o):
+                    out[out_rows[j], o + k] += spare[0, k]
+            continue
         j = 0
-        while j < n:
-            tokens = min(4, n - j) if j + 1 < n else 1
-            if tokens > 1:
-                b, c, d = x_rows[j + 1], x_rows[min(j + 2, n - 1)], x_rows[min(j + 3, n - 1)]
-                these = address(x, x_rows[j]), address(x, b), address(x, c), address(x, d)
-                four_by_four(these, four, whole, sums.ctypes.data)
-            else:
-                one_by_four((address(x, x_rows[j]),), four, whole, sums.ctypes.data)
-            for t in range(tokens):
-                for k in range(min(4, last - o)):
-                    total, row = sums[4 * t + k], x_rows[j + t]
-                    for i in range(whole, width):
-                        total += x[row, i] * weight[w_rows[o + k], i]
-                    out[out_rows[j + t], o + k] += total
-            j += tokens
+        while j + 1 < n:
+            a, b, c, d = x_rows[j], x_rows[j + 1], x_rows[min(j + 2, n - 1)], x_rows[min(j + 3, n - 1)]
+            to_c = address(out, out_rows[j + 2], o) if j + 2 < n else nowhere
+            to_d = address(out, out_rows[j + 3], o) if j + 3 < n else nowhere
+            four_by_four(
+                (address(x, a, 0), address(x, b, 0), address(x, c, 0), address(x, d, 0)),
+                four,
+                whole,
+                (address(out, out_rows[j], o), address(out, out_rows[j + 1], o), to_c, to_d),
+            )
+            j += 4
+        if j < n:
+            one_by_four((address(x, x_rows[j], 0),), four, whole, (address(out, out_rows[j], o),))
+    if whole < width:
+        for j in range(n):
+            for o in range(first, last):
+                for i in range(whole, width):
+                    out[out_rows[j], o] += x[x_rows[j], i] * weight[w_rows[o], i]
 
 
 @compiled
-def address(matrix, row):
-    """Of a row of an fp32 matrix."""
-    return matrix.ctypes.data + row * matrix.shape[1] * 4
+def address(matrix, row, column):
+    """Of a number in an fp32 matrix."""
+    return matrix.ctypes.data + (row * matrix.shape[1] + column) * 4
 
 
 @compiled
