@@ -339,8 +339,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | BlockMask | No
     q, k, v = in_autocast_dtype(q, k, v)
     t, s = q.shape[1], k.shape[1]
     training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if q.device.type == "cpu" and training and t == s <= _TiledAttention.longest:
-        return _TiledAttention.apply(q, k, v, visible)
+    if q.device.type == "cpu" and training and t == s:
+        first_keys = _TiledAttention.first_keys(t, q.shape[0], visible)
+        if _TiledAttention.fits(t, first_keys):
+            return _TiledAttention.apply(q, k, v, visible, first_keys)
     q, k, v = (rearrange(x, "b t heads d -> b heads t d") for x in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if isinstance(visible, BlockMask):
@@ -352,19 +354,21 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | BlockMask | No
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Training attention for CPUs and sequences up to `longest`: PyTorch's flash kernel takes 1.6 to 1.9 times as long there.
+    """Training attention for CPUs: PyTorch's flash kernel takes 1.6 to 1.9 times as long for up to 2,048 tokens, and more where
+    documents are packed.
 
-    Queries go in tiles of 64 rows against the keys up to the tile's end, so nearly half of the square is never computed.
-    All query heads of a group share one matrix product with their keys. A tile's weights are kept for the backward pass:
-    they fit in the cache now and save a product and a softmax then. The kept weights take heads * t^2 * 2 bytes a sequence,
-    which is why longer sequences go to the flash kernel.
+    Queries go in tiles of 64 rows against the keys from the first that any of them sees up to the tile's end, so nearly half
+    of the square is never computed, and of packed documents hardly more than their own squares. All query heads of a group
+    share one matrix product with their keys. A tile's weights are kept for the backward pass: they fit in the cache now and
+    save a product and a softmax then. Kept are heads * 4 bytes a score; where that is more than causal attention to `longest`
+    tokens has, the flash kernel takes over.
 
     Inside, a stack of m = b * kv_heads (sequence, key head) pairs is worked on, a few sequences at a time: as many as have
     2 MB of scores, which is what the cores' own caches hold.
     """
 
     tile = 64
-    longest = 1024
+    longest = 2048
     scores_at_once = 2**19
 
     @staticmethod
@@ -382,7 +386,23 @@ class _TiledAttention(torch.autograd.Function):
         return rearrange(x, "n (b kv) (g tile) d -> b (n tile) (kv g) d", tile=tile, kv=kv_heads)[:, :t]
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    def first_keys(t: int, b: int, visible: Tensor | None) -> list[list[int]]:
+        """For each tile of queries and each sequence: the first key that any of the tile's queries sees."""
+        starts = range(0, t, _TiledAttention.tile)
+        if visible is None:
+            return [[0] * b for _ in starts]
+        seen = visible[:, 0].expand(b, t, t).view(torch.uint8)
+        return [seen[:, start : start + _TiledAttention.tile].amax(1).argmax(-1).tolist() for start in starts]
+
+    @staticmethod
+    def fits(t: int, first_keys: list[list[int]]) -> bool:
+        """Whether the weights of one sequence are few enough to be kept."""
+        tile, longest = _TiledAttention.tile, _TiledAttention.longest
+        scores = sum(tile * (min((n + 1) * tile, t) - min(first, default=0)) for n, first in enumerate(first_keys))
+        return scores <= longest * (longest + tile) // 2
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, first_keys: list[list[int]]) -> Tensor:
         (b, t, heads, d), kv_heads = q.shape, k.shape[2]
         tile, group = _TiledAttention.tile, heads // kv_heads
         q = _TiledAttention.fold(q, kv_heads).mul_(d**-0.5)
@@ -390,23 +410,27 @@ class _TiledAttention(torch.autograd.Function):
         out, kept = torch.empty_like(q), []
         future = torch.full((tile, tile), float("-inf"), dtype=q.dtype).triu_(1)
         if visible is not None:
-            hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
-            hidden = hidden.expand(b, 1, t, t)  # a mask may be one for the whole batch
+            visible = visible.expand(b, 1, t, t)  # a mask may be one for the whole batch
         sequences = max(1, _TiledAttention.scores_at_once // max(1, heads * tile * t))
-        pieces = [slice(s * kv_heads, min(s + sequences, b) * kv_heads) for s in range(0, b, sequences)]
+        work = []  # the pairs and the keys of each product
         for n in range(q.shape[0]):
-            start, end = n * tile, min((n + 1) * tile, t)
-            for piece in pieces:
-                scores = torch.bmm(q[n, piece], k[piece, :end].mT)  # (pairs, group * tile, end)
-                if visible is None:
-                    scores.view(-1, group, tile, end)[..., start:] += future[:, : end - start]
-                else:
-                    rows = hidden[piece.start // kv_heads : piece.stop // kv_heads, :, None, start:end, :end]
-                    scores.view(-1, kv_heads, group, tile, end)[:, :, :, : end - start] += rows
-                weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
-                torch.bmm(weights, v[piece, :end], out=out[n, piece])
-                kept.append(weights)
-        ctx.kv_heads, ctx.pieces = kv_heads, pieces
+            for first in range(0, b, sequences):
+                last = min(first + sequences, b)
+                keys = slice(min(first_keys[n][first:last]), min((n + 1) * tile, t))
+                work.append((n, slice(first * kv_heads, last * kv_heads), keys))
+        for n, pairs, keys in work:
+            start, end, width = n * tile, keys.stop, keys.stop - keys.start
+            scores = torch.bmm(q[n, pairs], k[pairs, keys].mT)  # (pairs, group * tile, width)
+            if visible is None:
+                scores.view(-1, group, tile, width)[..., start:] += future[:, : end - start]
+            else:
+                seen = visible[pairs.start // kv_heads : pairs.stop // kv_heads, :, None, start:end, keys]
+                hidden = torch.zeros(seen.shape, dtype=q.dtype).masked_fill_(~seen, float("-inf"))
+                scores.view(-1, kv_heads, group, tile, width)[:, :, :, : end - start] += hidden
+            weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+            torch.bmm(weights, v[pairs, keys], out=out[n, pairs])
+            kept.append(weights)
+        ctx.kv_heads, ctx.work = kv_heads, work
         ctx.save_for_backward(q, k, v, *kept)
         return _TiledAttention.unfold(out, t, kv_heads)
 
@@ -416,19 +440,15 @@ class _TiledAttention(torch.autograd.Function):
         t, d = k.shape[1:]
         dout = _TiledAttention.fold(dout, ctx.kv_heads)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        kept = iter(kept)
-        for n in range(q.shape[0]):
-            end = min((n + 1) * _TiledAttention.tile, t)
-            for piece in ctx.pieces:
-                weights = next(kept)
-                dv[piece, :end] += torch.bmm(weights.mT, dout[n, piece])
-                dweights = torch.bmm(dout[n, piece], v[piece, :end].mT)
-                dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)
-                torch.bmm(dscores, k[piece, :end], out=dq[n, piece])
-                dk[piece, :end] += torch.bmm(dscores.mT, q[n, piece])
+        for (n, pairs, keys), weights in zip(ctx.work, kept, strict=True):
+            dv[pairs, keys] += torch.bmm(weights.mT, dout[n, pairs])
+            dweights = torch.bmm(dout[n, pairs], v[pairs, keys].mT)
+            dscores = torch._softmax_backward_data(dweights, weights, -1, q.dtype)
+            torch.bmm(dscores, k[pairs, keys], out=dq[n, pairs])
+            dk[pairs, keys] += torch.bmm(dscores.mT, q[n, pairs])
         dq = _TiledAttention.unfold(dq.mul_(d**-0.5), t, ctx.kv_heads)
         dk, dv = (rearrange(x, "(b kv) t d -> b t kv d", kv=ctx.kv_heads) for x in (dk, dv))
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
 def _swiglu_forward(gate_up: Tensor) -> Tensor:

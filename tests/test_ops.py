@@ -311,7 +311,7 @@ def test_attention_leaves_its_inputs_as_they_were(gear):
 
 @pytest.mark.parametrize("gear", [gear for gear in all_gears("attention") if gear != "naive"])
 @pytest.mark.parametrize("mask", ["causal", "documents", "one mask for the batch"])
-@pytest.mark.parametrize(("b", "t", "heads", "kv_heads"), [(2, 1100, 2, 1), (3, 200, 24, 2)])
+@pytest.mark.parametrize(("b", "t", "heads", "kv_heads"), [(2, 2100, 2, 1), (3, 200, 24, 2)])
 def test_attention_over_many_tokens_and_heads(gear, mask, b, t, heads, kv_heads):
     """Gears may choose another kernel by length, or work on a few sequences at a time."""
     generator = torch.Generator().manual_seed(0)
