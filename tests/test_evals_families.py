@@ -240,8 +240,8 @@ def test_the_needle_stands_at_its_depth():
     needle_grid(recorder, (400,), 5, (0.0, 0.5, 1.0))
     for number, passage in enumerate(recorder.asked):
         text = TOKENIZER.decode(passage.prompt)
-        code = TOKENIZER.decode(passage.continuations[0]).strip()
-        assert text.index(code) / len(text) == pytest.approx((0.0, 0.5, 1.0)[number // 5], abs=0.2)
+        answer = TOKENIZER.decode(passage.continuations[0]).strip()
+        assert text.index(f"At {answer} is") / len(text) == pytest.approx((0.0, 0.5, 1.0)[number // 5], abs=0.2)
 
 
 def test_lengths_without_room_for_a_question_are_refused():

@@ -1,7 +1,7 @@
 """A needle in a haystack: can the model find one fact at any depth of a document of any length? A grid, and its picture.
 
-The document states the codes of several towns; the question is after one of them, and the others are the wrong answers
-to choose from. So a model that only prefers what it has read, or the nearest code, stays at chance.
+The document states the passwords at several towns; the question is after one of them, and the others are the wrong answers
+to choose from. So a model that only prefers what it has read, or the nearest password, stays at chance.
 """
 
 import random
@@ -15,19 +15,20 @@ import numpy as np
 from minglm.evals.likelihood import choose
 from minglm.evals.measure import EvaluationError, Measure, scored
 from minglm.evals.scoring import Passage, Scorer, split_at_choice
-from minglm.tasks.general.long_document import CODES, LongDocument, needle_document
+from minglm.tasks.general.long_document import LongDocument, needle_document
+from minglm.tasks.general.passages import WORDS
 from minglm.tasks.task import HELD_OUT, split_of
 from minglm.tasks.text import ANSWER, answer_text, conversation_text, ended, prompt_text
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 CANDIDATES = 4
-EXACT_CHANCE = 1 / len(CODES)
-FEWEST_CHARACTERS = 200  # room for the facts and the question
+EXACT_CHANCE = 1 / len(WORDS)
+FEWEST_CHARACTERS = 220  # room for the facts and the question
 
 
 @dataclass(frozen=True)
 class Grid:
-    """chosen, exact (lengths, depths, trials): whether the right code was the likeliest, and whether greedy decoding writes it.
+    """chosen, exact (lengths, depths, trials): whether the right password was the likeliest, and whether greedy decoding writes it.
 
     lengths in tokens, prompt and answer together.
     """
@@ -98,12 +99,12 @@ def _question(scorer: Scorer, rng: random.Random, length: int, depth: float) -> 
 
 
 def as_choice(scorer: Scorer, problem: LongDocument, rng: random.Random) -> Passage:
-    """The question as plain text, with the right code and the document's other ones, each as a whole answer."""
+    """The question as plain text, with the right password and the document's other ones, each as a whole answer."""
     begun = prompt_text(problem) + ANSWER
     right = answer_text(problem, thinking=False).removeprefix(ANSWER)
     wrong = [
-        ended(conversation_text([{"role": "assistant", "content": code}])).removeprefix(ANSWER)
-        for code in problem.candidates(rng, CANDIDATES)[1:]
+        ended(conversation_text([{"role": "assistant", "content": content}])).removeprefix(ANSWER)
+        for content in problem.candidates(rng, CANDIDATES)[1:]
     ]
     return split_at_choice(scorer.tokenizer, begun, [right, *wrong])
 

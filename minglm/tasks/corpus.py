@@ -17,8 +17,8 @@ from pathlib import Path
 
 from minglm.data.sources import HELD_OUT_ONE_IN, Corpus, Document
 from minglm.tasks import FAMILIES, GROUPS
-from minglm.tasks.general.long_document import LongDocument
-from minglm.tasks.general.recall import RECALLED, recall_text
+from minglm.tasks.general.long_document import NEEDLES, LongDocument
+from minglm.tasks.general.recall import recall_text
 from minglm.tasks.task import HELD_OUT, TRAIN, Problem, TaskError, problems
 from minglm.tasks.text import document
 
@@ -136,8 +136,8 @@ def _read(
 
 
 def _text(problem: Problem, thinking: bool) -> str:
-    """A long document is asked for all its codes in a row: one answer would teach too little for so much text."""
-    if isinstance(problem, LongDocument) and problem.kind in RECALLED:
+    """A long document is asked for all its passwords in a row: one answer would teach too little for so much text."""
+    if isinstance(problem, LongDocument) and problem.kind in NEEDLES:
         return recall_text(problem, thinking)
     return document(problem, thinking)
 

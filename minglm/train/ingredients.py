@@ -20,7 +20,6 @@ from minglm.train.recipe import Data
 
 PROBLEMS = 32  # of a document at most
 PROBLEM_CHARACTERS = 2_000  # of a document of several problems: some 600 tokens of a small vocabulary
-LONG_CHARACTERS = 6_000  # some 1,700
 
 
 def families_of(ingredient: str) -> tuple[str, ...]:
@@ -80,11 +79,11 @@ def _problems(ingredient: str, data: Data) -> Corpus:
         raise ConfigError(
             f"data.families: none of ingredient {ingredient!r}; wanted some of {', '.join(families_of(ingredient))}"
         )
-    characters = PROBLEM_CHARACTERS
+    most = PROBLEMS
     if ingredient in DOMAINS_OF_FAMILIES.values():
         levels = {name: [d for d in data.long_levels if d in FAMILIES[name].difficulties] for name in families}
-        characters = LONG_CHARACTERS
+        most = 1  # the next document would name the same towns with other passwords: what to recall would not be clear
     else:
         levels = {name: FAMILIES[name].difficulties[: data.levels or None] for name in families}
     # A seed of the data, not of the run: runs of several seeds share one folder.
-    return TaskCorpus(families, data.documents, 0, data.thinking_share, levels, PROBLEMS, characters)
+    return TaskCorpus(families, data.documents, 0, data.thinking_share, levels, most, PROBLEM_CHARACTERS)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from minglm.tasks.general.answer import bare, hear, shown
-from minglm.tasks.general.passages import TOWNS, passage
+from minglm.tasks.general.passages import TOWNS, WORDS, passage
 from minglm.tasks.task import Message, Problem, TaskError, Verdict, reply
 
 CODES = range(1000, 10_000)
@@ -13,16 +13,20 @@ BELLS = range(1, 10)
 MOST_FACTS = 9  # of one document that is asked of as a whole
 MOST_CANDIDATES = 10
 
-# Difficulty -> characters, kinds of question, facts that are not asked for at most.
+NEEDLES = ("needle", "needles")  # the kinds whose documents state passwords
+# A count, a largest number and a sum need all facts, so that they hardly teach to find one.
+ALL_KINDS = (*NEEDLES, *NEEDLES, "count", "largest", "sum")
+
+# Difficulty -> characters, kinds of question (by how often they stand here), facts that are not asked for at most.
 DIALS = {
     1: (120, ("needle",), 0),
-    2: (300, ("needle",), 1),
-    3: (600, ("needle", "needles"), 3),
-    4: (1_200, ("needle", "needles", "count", "largest"), 5),
-    5: (2_400, ("needle", "needles", "count", "largest", "sum"), 8),
-    6: (4_800, ("needle", "needles", "count", "largest", "sum"), 12),
-    7: (9_600, ("needle", "needles", "count", "largest", "sum"), 16),
-    8: (19_200, ("needle", "needles", "count", "largest", "sum"), 24),
+    2: (300, ("needle",), 3),
+    3: (600, NEEDLES, 5),
+    4: (1_200, (*NEEDLES, *NEEDLES, "count", "largest"), 8),
+    5: (2_400, ALL_KINDS, 12),
+    6: (4_800, ALL_KINDS, 16),
+    7: (9_600, ALL_KINDS, 20),
+    8: (19_200, ALL_KINDS, 24),
 }
 
 
@@ -32,16 +36,20 @@ class LongDocument(Problem):
 
     Fields:
         document: the text; with the question about as long as was wanted.
-        kind: "needle" (the code of one town), "needles" (of several, in the order asked), "count" (how many codes there
-            are), "largest" (whose code it is), "sum" (of the bells of all towers).
+        kind: "needle" (the password at one town), "needles" (at several, in the order asked), "count" (how many codes
+            there are), "largest" (whose code it is), "sum" (of the bells of all towers).
         asked: the towns that are asked about; none where the question is on all.
-        facts: town and number, in the order of the document.
+        facts: town and number, or town and password (one of WORDS), in the order of the document.
+
+    A needle's answer repeats its town, and the password stands right behind the town in document and answer. So the
+    plainest way to retrieve, to go on as the text went on behind the same word, is enough once it reaches far, and it is
+    needed: all towns and words are equally likely, and the document has other towns with other passwords.
     """
 
     document: str
     kind: str
     asked: tuple[str, ...]
-    facts: tuple[tuple[str, int], ...]
+    facts: tuple[tuple[str, int | str], ...]
 
     family = "long_document"
     stands_for = "Long documents in mid-training (section 2.3) and in fine-tuning (3.1); needle-in-a-haystack and RULER."
@@ -52,7 +60,7 @@ class LongDocument(Problem):
         cls.check_difficulty(difficulty)
         characters, kinds, most_others = DIALS[difficulty]
         kind = rng.choice(kinds)
-        if kind in ("needle", "needles"):
+        if kind in NEEDLES:
             asked = 1 if kind == "needle" else rng.randint(2, min(2 * difficulty - 4, MOST_FACTS))
             return cls._with_needles(rng, characters, rng.random(), asked, rng.randint(0, most_others))
         count = rng.randint(2, min(2 * difficulty - 5, MOST_FACTS))
@@ -63,14 +71,14 @@ class LongDocument(Problem):
     @classmethod
     def _with_needles(cls, rng: random.Random, characters: int, depth: float, asked: int, others: int) -> Self:
         towns = rng.sample(TOWNS, asked + others)
-        facts = list(zip(towns, rng.sample(CODES, len(towns)), strict=True))
+        facts = list(zip(towns, rng.sample(WORDS, len(towns)), strict=True))
         depths = [depth] + [rng.random() for _ in towns[1:]]
         names = tuple(rng.sample(towns[:asked], asked))
         return cls._of(rng, characters, "needle" if asked == 1 else "needles", names, facts, depths)
 
     @classmethod
     def _of(cls, rng, characters, kind, asked, facts, depths) -> Self:
-        told = [(_sentence(kind, town, number), depth) for (town, number), depth in zip(facts, depths, strict=True)]
+        told = [(_sentence(kind, town, value), depth) for (town, value), depth in zip(facts, depths, strict=True)]
         document = passage(rng, characters - len(_question(kind, asked)) - 1, told)
         ordered = sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0])
         return cls(document, kind, asked, tuple(fact for _, fact in ordered))
@@ -87,23 +95,23 @@ class LongDocument(Problem):
     @property
     def answer(self) -> str:
         """The one right content."""
-        numbers = dict(self.facts)
+        values = dict(self.facts)
         match self.kind:
             case "count":
                 return str(len(self.facts))
             case "largest":
                 return max(self.facts, key=lambda fact: fact[1])[0]
             case "sum":
-                return str(sum(numbers.values()))
-        return ", ".join(str(numbers[town]) for town in self.asked)
+                return str(sum(values.values()))
+        return ", ".join(f"{town} {values[town]}" for town in self.asked)
 
     def demonstrate(self, thinking: bool) -> list[Message]:
         return reply(self.answer, "\n".join(self._steps()) if thinking else None)
 
     def _steps(self) -> list[str]:
-        numbers = dict(self.facts)
         if self.asked:
-            return [_sentence(self.kind, town, numbers[town]) for town in self.asked]
+            values = dict(self.facts)
+            return [_sentence(self.kind, town, values[town]) for town in self.asked]
         steps = []
         so_far, best = 0, ("", 0)
         for place, (town, number) in enumerate(self.facts, start=1):
@@ -121,7 +129,7 @@ class LongDocument(Problem):
         content, fault = hear(response)
         if fault:
             return Verdict(0.0, (fault,))
-        found = [part.strip() for part in bare(content).split(",")]
+        found = [" ".join(part.split()) for part in bare(content).split(",")]
         if found == self.answer.split(", "):
             return Verdict(1.0)
         return Verdict(0.0, (f"found {shown(content)}; wanted {self.answer}",))
@@ -131,7 +139,7 @@ class LongDocument(Problem):
 
     def candidates(self, rng: random.Random, count: int) -> list[str]:
         """The right answer, then count - 1 different wrong ones of its form: for choosing by likelihood. First come those
-        that the document holds for another question, then such as differ from the right one in a digit or two.
+        that the document holds for another question, then any of its form; of several passwords one is wrong.
 
         Raises:
             TaskError: more than MOST_CANDIDATES.
@@ -139,10 +147,11 @@ class LongDocument(Problem):
         if not 1 <= count <= MOST_CANDIDATES:
             raise TaskError(f"count = {count}: wanted 1 to {MOST_CANDIDATES} candidates")
         found = [self.answer]
-        others = {
-            "needle": [str(number) for town, number in self.facts if town not in self.asked],
-            "largest": [town for town, _ in self.facts],
-        }.get(self.kind, [])
+        others: list[str] = []
+        if self.kind == "needle":
+            others = [f"{self.asked[0]} {word}" for town, word in self.facts if town not in self.asked]
+        elif self.kind == "largest":
+            others = [town for town, _ in self.facts]
         while len(found) < count:
             wrong = others.pop() if others else self._wrong(rng)
             if wrong not in found:
@@ -154,12 +163,10 @@ class LongDocument(Problem):
             return rng.choice(TOWNS)
         if self.kind in ("count", "sum"):
             return str(max(int(self.answer) + rng.randint(-9, 9), 1))
-        codes = self.answer.split(", ")
-        place = rng.randrange(len(codes))
-        digits = list(codes[place])
-        for _ in range(rng.choice((1, 2))):
-            digits[rng.randrange(1, len(digits))] = str(rng.randrange(10))
-        return ", ".join([*codes[:place], "".join(digits), *codes[place + 1 :]])
+        parts = self.answer.split(", ")
+        place = rng.randrange(len(parts))
+        parts[place] = f"{self.asked[place]} {rng.choice(WORDS)}"
+        return ", ".join(parts)
 
     def guess(self, rng: random.Random) -> list[Message]:
         if self.kind == "largest":
@@ -168,7 +175,7 @@ class LongDocument(Problem):
             return reply(str(rng.randint(1, MOST_FACTS)))
         if self.kind == "sum":
             return reply(str(rng.randint(1, 9 * MOST_FACTS)))
-        return reply(", ".join(str(rng.choice(CODES)) for _ in self.asked))
+        return reply(", ".join(f"{town} {rng.choice(WORDS)}" for town in self.asked))
 
     @property
     def chance(self) -> float:
@@ -179,7 +186,7 @@ class LongDocument(Problem):
                 return 1 / len(TOWNS)
             case "sum":
                 return 1 / (9 * MOST_FACTS)
-        return len(CODES) ** -len(self.asked)
+        return len(WORDS) ** -len(self.asked)
 
 
 def needle_document(rng: random.Random, characters: int, depth: float, needles: int = 1, others: int = 0) -> LongDocument:
@@ -188,8 +195,8 @@ def needle_document(rng: random.Random, characters: int, depth: float, needles: 
     Args:
         characters: of the message, question included: it has at most so many, and less by at most one sentence of filler.
         depth: where the (first) needle stands: the share of the filler before it, 0 to 1. The other ones stand anywhere.
-        needles: how many towns' codes are asked for.
-        others: how many towns' codes stand there, too, and are not asked for.
+        needles: how many towns' passwords are asked for.
+        others: how many towns' passwords stand there, too, and are not asked for.
 
     Raises:
         TaskError: a depth outside 0 to 1; too few characters; less than one needle, or more towns than there are.
@@ -201,18 +208,20 @@ def needle_document(rng: random.Random, characters: int, depth: float, needles: 
     return LongDocument._with_needles(rng, characters, depth, needles, others)
 
 
-def _sentence(kind: str, town: str, number: int) -> str:
+def _sentence(kind: str, town: str, value: int | str) -> str:
+    if kind in NEEDLES:
+        return f"At {town} {value} is the password."
     if kind == "sum":
-        return f"The tower of {town} has {number} bells."
-    return f"The code of {town} is {number}."
+        return f"The tower of {town} has {value} bells."
+    return f"The code of {town} is {value}."
 
 
 def _question(kind: str, asked: tuple[str, ...]) -> str:
     match kind:
         case "needle":
-            return f"What is the code of {asked[0]}?"
+            return f"Give the town with its password: {asked[0]}."
         case "needles":
-            return f"What are the codes of {', '.join(asked[:-1])} and {asked[-1]}? Answer in this order, with commas."
+            return f"Give the towns with their passwords: {', '.join(asked)}."
         case "count":
             return "How many towns have a code?"
         case "largest":

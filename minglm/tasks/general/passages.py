@@ -1,7 +1,7 @@
 """Long documents: plain filler sentences, and facts at stated depths among them.
 
-The filler holds neither digits nor names of towns, so only the facts answer a question. Facts are very regular
-(`The code of Tavira is 4821.`), so that a small model can find one by copying. The filler is of few sentences in any
+The filler holds neither digits nor names of towns nor WORDS, so only the facts answer a question. Facts are very regular
+(`At Tavira window is the password.`), so that a small model can find one by copying. The filler is of few sentences in any
 order: what a model cannot foretell in it would drown the little that there is to learn.
 """
 
@@ -14,6 +14,16 @@ TOWNS = (
     "Almera Belmor Calvino Dorvan Elsino Farlow Gorane Halvik Istrel Jovano Kestra Lomari Merrin Norvel Orsino Pelago "
     "Quarin Rastov Selmar Tavira Ulmera Vardon Westal Xandor Yarrow Zelina Ambria Bastin Cordal Delvo Estora Fenwick "
     "Galdor Hestia Imbros Jarmin Kolvar Lastra Mondal Nestor"
+).split()
+
+# Passwords: words that are common in prose and programs, so that a small vocabulary has each as one token.
+WORDS = (
+    "string day number file command time text output object array node line option book path graph week class result key "
+    "module method song part language letter message tree edge table route page tuple menu square weather alarm order bread "
+    "room element source bed office kitchen stone attribute folder artist goal hand version format input axis capital point "
+    "lamp boat weight topic field home goods house character war bus shape test mode match item exception window people king "
+    "dictionary widget type parent root frame music timer bedroom mail notes double integer train plan float letters "
+    "size print third second red sum function log phone current value default reverse last odd short"
 ).split()
 
 ADJECTIVES = "old young quiet grey green tired little brave slow kind".split()

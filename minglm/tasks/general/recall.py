@@ -3,22 +3,20 @@ give a model some four tokens to learn retrieval from, after thousands of filler
 
 import random
 
-from minglm.tasks.general.long_document import LongDocument
+from minglm.tasks.general.long_document import NEEDLES, LongDocument
 from minglm.tasks.task import TaskError
 from minglm.tasks.text import answer_text, conversation_text, document
 
-RECALLED = ("needle", "needles")  # the kinds whose documents state codes
-
 
 def recall(problem: LongDocument) -> list[LongDocument]:
-    """One question of kind "needle" for each code in the document of a problem of kinds "needle" and "needles": first the
+    """One question of kind "needle" for each password in the document of a problem of kinds "needle" and "needles": first the
     problem's own, then the others in an order of no rule. They belong to the split of the problem given.
 
     Raises:
         TaskError: a question of another kind.
     """
-    if problem.kind not in RECALLED:
-        raise TaskError(f'kind = {problem.kind!r}: wanted "needle" or "needles", whose documents state codes')
+    if problem.kind not in NEEDLES:
+        raise TaskError(f'kind = {problem.kind!r}: wanted "needle" or "needles", whose documents state passwords')
     others = [town for town, _ in problem.facts if town != problem.asked[0]]
     random.Random(problem.document).shuffle(others)  # in the document's order, a model could copy without looking for the name
     towns = [problem.asked[0], *others]
