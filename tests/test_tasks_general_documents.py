@@ -15,7 +15,7 @@ from minglm.tasks.task import TaskError
 from minglm.tasks.text import prompt_text, read_answer
 
 seeds = st.integers(0, 2**32)
-FACT = r"At (\w+) (\w+) is the password\."
+FACT = r"Password: (\w+) (\w+)\."
 
 
 def answer_by_text(text: str) -> str:
@@ -49,7 +49,7 @@ def test_a_document_has_the_wanted_length_and_the_needle_its_depth(seed, charact
     facts = re.findall(FACT, problem.document)
     assert len(facts) == needles + others and problem.answer == answer_by_text(content)
     # Of the filler, about the share `depth` stands before some asked needle.
-    fillers = [len(part) for part in re.split(r" ?At \w+ \w+ is the password\. ?", problem.document)]
+    fillers = [len(part) for part in re.split(r" ?Password: \w+ \w+\. ?", problem.document)]
     before = [sum(fillers[: index + 1]) for index in range(len(facts))]
     asked = [place for place, (town, _) in zip(before, facts, strict=True) if town in problem.asked]
     assert min(abs(place - depth * sum(fillers)) for place in asked) <= LONGEST_FILLER
@@ -65,14 +65,14 @@ def test_towns_and_passwords_stand_nowhere_else():
     """Else a document could say two things of a town, or a question give a password away."""
     assert len({*TOWNS, *WORDS}) == len(TOWNS) + len(WORDS) and len(WORDS) >= 100
     problem = needle_document(random.Random(0), 1_000, 0.5, needles=3, others=2)
-    around = " ".join((*FILLER, problem.question, re.sub(FACT, "At is the password.", problem.document)))
+    around = " ".join((*FILLER, problem.question, re.sub(FACT, "Password: .", problem.document)))
     assert not set(re.findall(r"\w+", around)) & ({*TOWNS, *WORDS} - set(problem.asked))
 
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_depth_0_is_the_beginning_and_depth_1_the_end(depth):
     document = needle_document(random.Random(0), 500, depth).document
-    assert document.startswith("At ") if depth == 0 else document.split(". ")[-1].startswith("At ")
+    assert document.startswith("Password: ") if depth == 0 else document.split(". ")[-1].startswith("Password: ")
 
 
 def test_a_harder_document_is_longer_and_stays_within_its_dial():
@@ -123,7 +123,8 @@ def test_which_password_is_at_a_town_has_no_rule():
 def test_all_needles_of_a_document_are_asked_for_in_a_row():
     problem = needle_document(random.Random(4), 800, 0.3, needles=2, others=3)
     questions = recall(problem)
-    assert dict(question.answer.split() for question in questions) == dict(problem.facts)
+    assert questions[0] == problem and [len(question.asked) for question in questions] == [2, 3]
+    assert {pair for question in questions for pair in question.answer.split(", ")} == {" ".join(f) for f in problem.facts}
     assert {question.document for question in questions} == {problem.document}
     for thinking in (False, True):
         text = recall_text(problem, thinking)

@@ -5,7 +5,7 @@ import pytest
 from minglm.config import ConfigError
 from minglm.data.sources import HELD_OUT, TRAIN, split_documents
 from minglm.tasks import FAMILIES
-from minglm.train.ingredients import DOMAINS, DOMAINS_OF_FAMILIES, corpus_of, families_of
+from minglm.train.ingredients import DOMAINS, DOMAINS_OF_FAMILIES, SHORT_DOCUMENTS, corpus_of, families_of
 from minglm.train.recipe import CONFIGS, Data, load_recipe
 
 PROBLEMS = (*DOMAINS.values(), *DOMAINS_OF_FAMILIES.values())
@@ -16,10 +16,20 @@ def test_every_family_is_in_exactly_one_ingredient():
     assert sorted(found) == sorted(FAMILIES)
 
 
+def test_short_documents_are_long_ones_at_easy_difficulties():
+    assert families_of(SHORT_DOCUMENTS) == families_of("long_documents") == ("long_document",)
+    short, long = (
+        [len(document.text) for document in corpus_of(Data(ingredients=(name,), documents=60, levels=2, long_levels=(4, 5)))]
+        for name in (SHORT_DOCUMENTS, "long_documents")
+    )
+    assert max(short) < min(long)
+
+
 def test_each_ingredient_of_problems_fills_its_domain_in_both_splits():
-    corpus = corpus_of(Data(ingredients=PROBLEMS, documents=51, levels=1, long_levels=(1, 2)))
+    asked = (*PROBLEMS, SHORT_DOCUMENTS)
+    corpus = corpus_of(Data(ingredients=asked, documents=51, levels=1, long_levels=(1, 2)))
     found = {(split, document.domain) for split, document in split_documents(corpus)}
-    assert found == {(split, domain) for split in (TRAIN, HELD_OUT) for domain in PROBLEMS}
+    assert found == {(split, domain) for split in (TRAIN, HELD_OUT) for domain in asked}
     assert list(corpus) == list(corpus)
 
 

@@ -28,7 +28,8 @@ FEWEST_CHARACTERS = 220  # room for the facts and the question
 
 @dataclass(frozen=True)
 class Grid:
-    """chosen, exact (lengths, depths, trials): whether the right password was the likeliest, and whether greedy decoding writes it.
+    """chosen, exact (lengths, depths, trials): whether the right password was the likeliest, and whether greedy decoding
+    writes it.
 
     lengths in tokens, prompt and answer together.
     """

@@ -39,6 +39,7 @@ class TaskCorpus(Corpus):
         difficulties: Mapping[str, Sequence[int]] | int | None = None,
         problems_per_document: int = 8,
         characters: int = 2_000,
+        domain: str | None = None,
     ):
         """
         Args:
@@ -51,6 +52,7 @@ class TaskCorpus(Corpus):
             problems_per_document: at most.
             characters: at most, unless one problem alone is longer. Each document has a limit of its own, drawn from a
                 third of this to all of it: documents of many lengths pack well.
+            domain: of all documents; None: of each, its family's (`domain_of`).
 
         Raises TaskError for names and difficulties that do not exist, and numbers that make no document.
         """
@@ -61,7 +63,7 @@ class TaskCorpus(Corpus):
                 f"{thinking_share}: wanted at least 1, at least 1, and a share from 0 to 1"
             )
         chosen = _chosen(families, difficulties)
-        options = (seed, thinking_share, problems_per_document, characters)
+        options = (seed, thinking_share, problems_per_document, characters, domain)
         identity = {
             "tasks": {name: list(chosen[name]) for name in chosen},
             "documents": documents,
@@ -116,6 +118,7 @@ def _read(
     thinking_share: float,
     problems_per_document: int,
     characters: int,
+    domain: str | None,
 ) -> Iterator[Document]:
     for number in range(documents):
         rng = random.Random(f"{seed} {number}")
@@ -132,7 +135,7 @@ def _read(
                 break
             text += more
         name = f"{family.family}/{seed}/{number}"
-        yield Document(text, name, f"tasks/{family.family}", domain_of(family.family), split=split)
+        yield Document(text, name, f"tasks/{family.family}", domain or domain_of(family.family), split=split)
 
 
 def _text(problem: Problem, thinking: bool) -> str:

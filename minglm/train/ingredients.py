@@ -6,6 +6,7 @@
 | code | code | embedded source files, some of them with their middle asked for (FIM) |
 | repositories | repositories | files of one package behind those that they import, and changes as diffs |
 | reasoning, code_tasks, agents, general, long_documents | the same | problems of the task world, with solutions |
+| short_documents | the same | the problems of long_documents, at difficulties as easy as the others' |
 """
 
 import re
@@ -18,12 +19,15 @@ from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.corpus import DOMAINS, DOMAINS_OF_FAMILIES, TaskCorpus
 from minglm.train.recipe import Data
 
+LONG_DOCUMENTS, SHORT_DOCUMENTS = DOMAINS_OF_FAMILIES["long_document"], "short_documents"
 PROBLEMS = 32  # of a document at most
 PROBLEM_CHARACTERS = 2_000  # of a document of several problems: some 600 tokens of a small vocabulary
 
 
 def families_of(ingredient: str) -> tuple[str, ...]:
     """The families whose problems fill the domain of this name; none for an ingredient of text."""
+    if ingredient == SHORT_DOCUMENTS:
+        ingredient = LONG_DOCUMENTS
     groups = [group for group, domain in DOMAINS.items() if domain == ingredient]
     own = tuple(family for family, domain in DOMAINS_OF_FAMILIES.items() if domain == ingredient)
     return own + tuple(family for group in groups for family in GROUPS[group] if family not in DOMAINS_OF_FAMILIES)
@@ -36,7 +40,7 @@ def corpus_of(data: Data) -> Corpus:
     needs none. Own text and datasets, which may be large, are streamed. Joined with others, they are split as they would
     be alone: of a few files the last tenth of each is held out. Raises `ConfigError` for a name that is none.
     """
-    problems = (*DOMAINS.values(), *DOMAINS_OF_FAMILIES.values())
+    problems = (*DOMAINS.values(), *DOMAINS_OF_FAMILIES.values(), SHORT_DOCUMENTS)
     for name in data.ingredients:
         if name not in (*INGREDIENTS, *problems):
             raise ConfigError(f"data.ingredients: {name!r} is none; wanted some of {', '.join((*INGREDIENTS, *problems))}")
@@ -79,11 +83,10 @@ def _problems(ingredient: str, data: Data) -> Corpus:
         raise ConfigError(
             f"data.families: none of ingredient {ingredient!r}; wanted some of {', '.join(families_of(ingredient))}"
         )
-    most = PROBLEMS
-    if ingredient in DOMAINS_OF_FAMILIES.values():
+    levels = {name: FAMILIES[name].difficulties[: data.levels or None] for name in families}
+    if ingredient == LONG_DOCUMENTS:
         levels = {name: [d for d in data.long_levels if d in FAMILIES[name].difficulties] for name in families}
-        most = 1  # the next document would name the same towns with other passwords: what to recall would not be clear
-    else:
-        levels = {name: FAMILIES[name].difficulties[: data.levels or None] for name in families}
+    # The next document would name the same towns with other passwords: what to recall would not be clear.
+    most = 1 if ingredient in (LONG_DOCUMENTS, SHORT_DOCUMENTS) else PROBLEMS
     # A seed of the data, not of the run: runs of several seeds share one folder.
-    return TaskCorpus(families, data.documents, 0, data.thinking_share, levels, most, PROBLEM_CHARACTERS)
+    return TaskCorpus(families, data.documents, 0, data.thinking_share, levels, most, PROBLEM_CHARACTERS, ingredient)

@@ -19,14 +19,14 @@ ALL_KINDS = (*NEEDLES, *NEEDLES, "count", "largest", "sum")
 
 # Difficulty -> characters, kinds of question (by how often they stand here), facts that are not asked for at most.
 DIALS = {
-    1: (120, ("needle",), 0),
-    2: (300, ("needle",), 3),
-    3: (600, NEEDLES, 5),
-    4: (1_200, (*NEEDLES, *NEEDLES, "count", "largest"), 8),
-    5: (2_400, ALL_KINDS, 12),
-    6: (4_800, ALL_KINDS, 16),
-    7: (9_600, ALL_KINDS, 20),
-    8: (19_200, ALL_KINDS, 24),
+    1: (120, ("needle",), 1),
+    2: (300, NEEDLES, 4),
+    3: (600, NEEDLES, 7),
+    4: (1_200, (*NEEDLES, *NEEDLES, "count", "largest"), 10),
+    5: (2_400, ALL_KINDS, 14),
+    6: (4_800, ALL_KINDS, 18),
+    7: (9_600, ALL_KINDS, 22),
+    8: (19_200, ALL_KINDS, 26),
 }
 
 
@@ -61,7 +61,7 @@ class LongDocument(Problem):
         characters, kinds, most_others = DIALS[difficulty]
         kind = rng.choice(kinds)
         if kind in NEEDLES:
-            asked = 1 if kind == "needle" else rng.randint(2, min(2 * difficulty - 4, MOST_FACTS))
+            asked = 1 if kind == "needle" else rng.randint(2, min(2 * difficulty, MOST_FACTS))
             return cls._with_needles(rng, characters, rng.random(), asked, rng.randint(0, most_others))
         count = rng.randint(2, min(2 * difficulty - 5, MOST_FACTS))
         numbers = [rng.choice(BELLS) for _ in range(count)] if kind == "sum" else rng.sample(CODES, count)
@@ -210,7 +210,7 @@ def needle_document(rng: random.Random, characters: int, depth: float, needles: 
 
 def _sentence(kind: str, town: str, value: int | str) -> str:
     if kind in NEEDLES:
-        return f"At {town} {value} is the password."
+        return f"Password: {town} {value}."
     if kind == "sum":
         return f"The tower of {town} has {value} bells."
     return f"The code of {town} is {value}."

@@ -1,7 +1,7 @@
 """Long documents: plain filler sentences, and facts at stated depths among them.
 
 The filler holds neither digits nor names of towns nor WORDS, so only the facts answer a question. Facts are very regular
-(`At Tavira window is the password.`), so that a small model can find one by copying. The filler is of few sentences in any
+(`Password: Tavira window.`), so that a small model can find one by copying. The filler is of few sentences in any
 order: what a model cannot foretell in it would drown the little that there is to learn.
 """
 

@@ -1,7 +1,8 @@
-"""Every fact of a long document asked for in a row: what a corpus is made of, since one question on a long document would
-give a model some four tokens to learn retrieval from, after thousands of filler."""
+"""Every fact of a long document asked for: what a corpus is made of, since one question on a long document would give a model
+some four tokens to learn retrieval from, after thousands of filler."""
 
 import random
+from dataclasses import replace
 
 from minglm.tasks.general.long_document import NEEDLES, LongDocument
 from minglm.tasks.task import TaskError
@@ -9,18 +10,19 @@ from minglm.tasks.text import answer_text, conversation_text, document
 
 
 def recall(problem: LongDocument) -> list[LongDocument]:
-    """One question of kind "needle" for each password in the document of a problem of kinds "needle" and "needles": first the
-    problem's own, then the others in an order of no rule. They belong to the split of the problem given.
+    """The problem, of kind "needle" or "needles", and if its document has further passwords, a question on these in an order
+    of no rule. They belong to the split of the problem given.
 
     Raises:
         TaskError: a question of another kind.
     """
     if problem.kind not in NEEDLES:
         raise TaskError(f'kind = {problem.kind!r}: wanted "needle" or "needles", whose documents state passwords')
-    others = [town for town, _ in problem.facts if town != problem.asked[0]]
+    others = [town for town, _ in problem.facts if town not in problem.asked]
     random.Random(problem.document).shuffle(others)  # in the document's order, a model could copy without looking for the name
-    towns = [problem.asked[0], *others]
-    return [LongDocument(problem.document, "needle", (town,), problem.facts) for town in towns]
+    if not others:
+        return [problem]
+    return [problem, replace(problem, kind=NEEDLES[len(others) > 1], asked=tuple(others))]
 
 
 def recall_text(problem: LongDocument, thinking: bool) -> str:
