@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minglm.rl.algorithms import Tokens, kl_estimate, sum_within
+from minglm.rl.algorithms import Tokens, check_shape, kl_estimate, sum_within
 from minglm.rl.objective import SPREAD, Objective, ObjectiveError
 
 
@@ -73,6 +73,11 @@ def advantages(
         if objective.advantage == "gae":
             if values is None:
                 raise ObjectiveError("advantage 'gae' found no values: wanted the critic's, one for each token")
+            check_shape("values", values, mask)
+            if bootstrap is not None and bootstrap.shape != rewards.shape:
+                raise ObjectiveError(
+                    f"bootstrap is of shape {tuple(bootstrap.shape)}; wanted {tuple(rewards.shape)}, as rewards"
+                )
             found, returns = gae(token_rewards, values, mask, ids, objective.gamma, objective.gae_lambda, bootstrap)
         else:
             found, _ = gae(token_rewards, torch.zeros_like(token_rewards), mask, ids, objective.gamma)
