@@ -261,7 +261,8 @@ def test_the_formula_of_the_default_is_the_reports_with_its_corrections():
         "R_i = reward of i",
         "rho_it = pi_it / pi_old_it",
         "w_it = const(min(v_it, 2)) with v_it = pi_old_it / pi_sampler_it",
-        "N = tokens of the whole step, n_i = tokens of sequence i; only tokens of the model's own count",
+        "N = tokens of the whole step; only tokens of the model's own count",
+        "log-ratios are held within -20 and 20 before exp",
         "groups whose rewards differ by 1e-06 at most are left out, of N, too",
     ]
 
@@ -491,6 +492,7 @@ def test_unknown_names_are_refused():
         (Objective(), {"mask": torch.ones(3)}, "mask is torch.float32"),
         (Objective(), {"old": torch.ones(1)}, r"old_log_probs is of shape \(1,\); wanted"),
         (Objective(), {"log_probs": torch.ones(1)}, r"log_probs is of shape \(1,\); wanted"),
+        (Objective(), {"old": torch.ones(7, requires_grad=True)}, "old_log_probs has a gradient; wanted a constant: detach it"),
         (named("ppo"), {"values": None}, "found no values"),
         (named("ppo"), {"values": torch.ones(1)}, r"values is of shape \(1,\)"),
         (named("ppo"), {"bootstrap": torch.ones(5)}, r"bootstrap is of shape \(5,\); wanted \(2,\)"),

@@ -28,6 +28,7 @@ class Advantages(NamedTuple):
     returns: Tensor | None  # (n,): what the critic should have said; only with "gae"
 
 
+@torch.no_grad()
 def advantages(
     objective: Objective,
     rewards: Tensor,
@@ -116,7 +117,7 @@ def leave_one_out(rewards: Tensor, groups: Tensor) -> Tensor:
 
 
 def group_std(rewards: Tensor, groups: Tensor) -> Tensor:
-    """The standard deviation of a group's rewards with K - 1, for each of its sequences. (s,), (s,) -> (s,).
+    """The standard deviation of a group's rewards with K - 1, for each of its sequences; NaN for one alone. (s,), (s,) -> (s,).
 
     GRPO divides by it (DeepSeekMath, 2402.03300), which is biased: for rewards of 0 and 1 and a success rate p, k successes
     of K give s_k^2 = k (K - k) / (K (K - 1)), and
@@ -143,12 +144,16 @@ def batch_normalised(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def at_last_token(rewards: Tensor, mask: Tensor, sequence_ids: Tensor) -> Tensor:
-    """Rewards of tokens from rewards of sequences: all of it at the last token that counts, 0 elsewhere. (s,) -> (n,)."""
+    """Rewards of tokens from rewards of sequences: all of it at the last token that counts, 0 elsewhere. (s,) -> (n,).
+
+    A sequence without a token that counts has no place for its reward.
+    """
     places = torch.arange(len(mask), device=mask.device)
     last = torch.full_like(places, -1).scatter_reduce(0, sequence_ids, places.masked_fill(~mask, -1), "amax")
     return torch.where(last[sequence_ids] == places, rewards[sequence_ids], 0)
 
 
+@torch.no_grad()
 def gae(
     rewards: Tensor,
     values: Tensor,
@@ -183,7 +188,7 @@ def gae(
     longest = int(lengths.max()) if count else 0
 
     next_values = values.new_zeros(count, longest + 1)  # (sequence, step), one row each
-    next_values[rows, columns] = values.detach()[steps]
+    next_values[rows, columns] = values[steps]
     next_values[torch.arange(count, device=steps.device), lengths] = bootstrap.to(values.dtype)
     deltas = values.new_zeros(count, longest)
     deltas[rows, columns] = rewards[steps] + gamma * next_values[rows, columns + 1] - next_values[rows, columns]
@@ -192,4 +197,4 @@ def gae(
 
     found = torch.zeros_like(values)
     found[steps] = deltas[rows, columns]
-    return found, (found + values.detach()).masked_fill(~mask, 0)
+    return found, (found + values).masked_fill(~mask, 0)

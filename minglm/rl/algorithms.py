@@ -15,14 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minglm.rl.objective import Objective, ObjectiveError
-
-LOG_RATIO_LIMIT = 20.0  # log-ratios are held within: exp of more is so large that 0 times its gradient is NaN in fp32
+from minglm.rl.objective import LOG_RATIO_LIMIT, Objective, ObjectiveError
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is known of the tokens of some sequences before the step: all (n,), side by side."""
+    """What is known of the tokens of some sequences before the step: all (n,), side by side, without gradients."""
 
     mask: Tensor  # bool
     sequence_ids: Tensor  # int64, from 0 to n - 1 at most: every sequence has a token, of its prompt at least
@@ -36,7 +34,7 @@ class Tokens:
         for name in ("sequence_ids", "old_log_probs", "sampler_log_probs", "reference_log_probs"):
             found = getattr(self, name)
             if found is not None:
-                check_shape(name, found, self.mask)
+                check_constant(name, found, self.mask)
 
     def reference(self) -> Tensor:
         """The reference policy's log-probabilities. Raises `ObjectiveError` where there are none."""
@@ -49,6 +47,13 @@ def check_shape(name: str, found: Tensor, mask: Tensor) -> None:
     """Raise `ObjectiveError` unless there is one number for each token."""
     if found.shape != mask.shape:
         raise ObjectiveError(f"{name} is of shape {tuple(found.shape)}; wanted {tuple(mask.shape)}, one for each token")
+
+
+def check_constant(name: str, found: Tensor, mask: Tensor) -> None:
+    """`check_shape`; and raise `ObjectiveError` for a gradient, which would cancel that of the ratio without a sign."""
+    check_shape(name, found, mask)
+    if found.requires_grad:
+        raise ObjectiveError(f"{name} has a gradient; wanted a constant: detach it")
 
 
 class PolicyLoss(NamedTuple):
@@ -75,11 +80,12 @@ def policy_loss(
     log_probs (n,) of pi, with gradient; tokens, with the mask that `advantages` gave back; advantages (n,);
     total: the sum of `count` over the whole step; entropies (n,), with gradient, where there is a bonus (see `entropy`).
     Tokens outside the mask have no effect, not even as NaN. A step in which nothing counts (total 0) has loss 0.
-    Raises `ObjectiveError` for shapes that do not fit, or where entropies or reference log-probabilities are missing.
+    Raises `ObjectiveError` for shapes that do not fit, advantages with a gradient, or where entropies or reference
+    log-probabilities are missing.
     """
     mask = tokens.mask
-    for name, found in (("log_probs", log_probs), ("advantages", advantages)):
-        check_shape(name, found, mask)
+    check_shape("log_probs", log_probs, mask)
+    check_constant("advantages", advantages, mask)
     # What does not count may be infinite or NaN: it is replaced before any arithmetic, for 0 * NaN is NaN.
     log_probs, advantages, old = (x.masked_fill(~mask, 0) for x in (log_probs, advantages, tokens.old_log_probs))
     weights = importance_weights(objective, old, tokens.sampler_log_probs.masked_fill(~mask, 0), mask, tokens.sequence_ids)
@@ -123,10 +129,12 @@ def value_loss(
         1/2 max((V - G)^2, (clip(V, V_old - c, V_old + c) - G)^2)
 
     with c = objective.value_clip. values (n,) with gradient; old_values, returns G (n,), of `gae`. -> 0-dimensional.
-    A value that has moved by more than c towards G gets no gradient until the next batch.
+    A value that has moved by more than c towards G gets no gradient until the next batch. Raises `ObjectiveError` for shapes
+    that do not fit, and for old values or returns with a gradient.
     """
-    for name, found in (("values", values), ("old_values", old_values), ("returns", returns)):
-        check_shape(name, found, tokens.mask)
+    check_shape("values", values, tokens.mask)
+    for name, found in (("old_values", old_values), ("returns", returns)):
+        check_constant(name, found, tokens.mask)
     values, old_values, returns = (x.masked_fill(~tokens.mask, 0) for x in (values, old_values, returns))
     held = values.clamp(old_values - objective.value_clip, old_values + objective.value_clip)
     losses = torch.maximum((values - returns).square(), (held - returns).square()) / 2

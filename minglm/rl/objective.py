@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 SPREAD = 1e-6  # rewards of a group that differ by no more than this are equal, but for rounding
+LOG_RATIO_LIMIT = 20.0  # log-ratios are held within: exp of more is so large that 0 times its gradient is NaN in fp32
 
 
 class ObjectiveError(ValueError):
@@ -96,7 +97,7 @@ def _require(holds: bool, key: str, objective: Objective, wanted: str) -> None:
 
 
 NAMED: dict[str, dict[str, Any]] = {
-    "grpo": {},  # GLM-4.5's report, section 3.2
+    "grpo": {},  # GLM-4.5's report, section 3.2, r - mean without KL; the bounds of the clip are DAPO's
     "grpo_normalised": {"normalise": "group", "aggregation": "sequence", "clip_high": 0.2},  # DeepSeekMath, 2402.03300
     "dr_grpo": {"aggregation": "constant", "clip_high": 0.2},  # 2503.20783; needs fixed_length
     "dapo": {"normalise": "group"},  # 2503.14476: clip-higher, mean of tokens
@@ -159,7 +160,10 @@ def formula(objective: Objective) -> str:
     if o.entropy_weight:
         lines.append("H_it = entropy of the whole distribution that token t was drawn from")
     counted = {"token": "tokens", "sequence": "sequences", "constant": f"sequences times {o.fixed_length}"}[o.aggregation]
-    lines.append(f"N = {counted} of the whole step, n_i = tokens of sequence i; only tokens of the model's own count")
+    lengths = ", n_i = tokens of sequence i" if any("n_i" in line for line in lines) else ""
+    lines.append(f"N = {counted} of the whole step{lengths}; only tokens of the model's own count")
+    if o.policy != "reinforce" or w or o.kl == "k3":
+        lines.append(f"log-ratios are held within -{LOG_RATIO_LIMIT:g} and {LOG_RATIO_LIMIT:g} before exp")
     if o.relative:
         lines.append(f"groups whose rewards differ by {SPREAD:g} at most are left out, of N, too")
     if o.advantage == "gae":
