@@ -477,25 +477,39 @@ class GLM(nn.Module):
         the MTP layer alone, as RL wants it (SkyRL#1832). In training mode, `expert_load` grows by the tokens that each
         expert was given. Raises `ValueError` for shapes that differ and (on CPU) for ids and labels outside the vocabulary.
         """
+        hidden, mtp, balance = self.hidden_and_side_losses(input_ids, labels, document_ids, totals, detach_trunk)
+        totals = self.count_targets(labels, document_ids) if totals is None else totals
+        lm = self._cross_entropy(hidden, labels) / totals.lm.clamp(min=1)
+        return Loss(lm + mtp_weight * mtp + balance_weight * balance, lm, mtp, balance)
+
+    def hidden_and_side_losses(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        document_ids: Tensor | None = None,
+        totals: LossTotals | None = None,
+        detach_trunk: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What `loss` is made of, for objectives that ask something else of the head, as RL does: the states after the final
+        norm (b, t, h), the MTP loss and the balance loss. Arguments and what is raised as in `loss`."""
         self._check(input_ids, document_ids, None, False)
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: wanted input_ids' {tuple(input_ids.shape)}")
         self._check_vocabulary("labels", labels.masked_fill(labels == -100, 0))
         totals = self.count_targets(labels, document_ids) if totals is None else totals
         hidden, statistics = self._run_trunk(input_ids, document_ids, None)
-        lm = self._cross_entropy(hidden, labels) / totals.lm.clamp(min=1)
-        mtp = torch.zeros_like(lm)
+        mtp = torch.zeros((), device=hidden.device)
         if self.mtp is not None and input_ids.shape[1] > 1:
             mtp_hidden, mtp_statistics = self._run_mtp(hidden, input_ids, document_ids, detach_trunk)
             statistics.append(mtp_statistics)
             mtp_labels = self._mtp_labels(labels, document_ids)
             mtp = self._cross_entropy(mtp_hidden, mtp_labels, detach_trunk) / totals.mtp.clamp(min=1)
-        balance = torch.zeros_like(lm)
+        balance = torch.zeros((), device=hidden.device)
         if statistics:
             balance = torch.stack([s.balance for s in statistics]).sum() / totals.sequences.clamp(min=1)
             if self.training:
                 self.expert_load[: len(statistics)] += torch.stack([s.load for s in statistics])
-        return Loss(lm + mtp_weight * mtp + balance_weight * balance, lm, mtp, balance)
+        return hidden, mtp, balance
 
     def count_targets(self, labels: Tensor, document_ids: Tensor | None = None) -> LossTotals:
         """The denominators of `loss` for labels and document_ids (b, t); add them up over the micro-batches of a step."""
