@@ -7,7 +7,7 @@ those that compute, so that `--help` answers at once.
 import os
 import signal
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +16,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from minglm.config import ConfigError, GLMConfig
 from minglm.evals.command import Eval, run_eval
+from minglm.posttrain.recipe import SFTRecipe, load_sft_recipe
 from minglm.train.recipe import Recipe, find_config, load_recipe
 
 if TYPE_CHECKING:
@@ -91,6 +92,25 @@ class Ablate:
     """Runs at a time, on equal shares of the cores."""
     run_folder: Path | None = None
     """Where everything is written (runs/ablate- and the recipe's name)."""
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Fine-tune a model on conversations: with thinking, without, and with tools, only the assistant's tokens being learnt.
+
+    Any key of the recipe can be overridden: --conversations.thinking 1, --conversations.files my.jsonl. Run again, it goes on
+    from the newest checkpoint.
+    """
+
+    recipe: Annotated[SFTRecipe, arg(name="")]
+    recipe_file: Annotated[str, arg(name="recipe")] = "nano"
+    """nano or a path; runs/NAME/config.toml goes on with that run."""
+    run_folder: Path | None = None
+    """Where everything is written (runs/, the base's name and -sft)."""
+    resume: bool = False
+    """Refuse to start anew if there is no checkpoint to go on from."""
+    lint: bool = False
+    """Only check the conversations and count them."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
             Demo: run_demo,
             Train: run_train,
             Ablate: run_ablate,
+            SFT: run_sft,
             Eval: run_eval,
             Params: run_params,
             Bench: run_bench,
@@ -227,14 +248,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Ablate | Eval | Params | Bench | Race | Chat | Serve | Convert:
-    """After `train RECIPE`, that recipe's values are the defaults of the options; in plain `train --help`, nano's."""
+def _parse(arguments: list[str]) -> Demo | Train | Ablate | SFT | Eval | Params | Bench | Race | Chat | Serve | Convert:
+    """After `train RECIPE` or `sft --recipe RECIPE`, that recipe's values are the defaults of the options; else nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
+    sft_recipe = load_sft_recipe(_option(arguments, "--recipe") or "nano" if arguments[0] == "sft" else "nano")
     commands = (
         Annotated[Demo, subcommand("demo")]
         | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
         | Annotated[Ablate, subcommand("ablate")]
+        | Annotated[SFT, subcommand("sft", default=SFT(sft_recipe))]
         | Annotated[Eval, subcommand("eval")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
@@ -247,6 +270,16 @@ def _parse(arguments: list[str]) -> Demo | Train | Ablate | Eval | Params | Benc
     if isinstance(command, Train) and command.recipe_file != name:
         raise ConfigError(f"train: found {name!r} first; wanted the recipe first and its options after it")
     return command
+
+
+def _option(arguments: list[str], name: str) -> str | None:
+    """The value of an option, before tyro reads it: `--name value` or `--name=value`."""
+    for place, argument in enumerate(arguments):
+        if argument == name:
+            return next(iter(arguments[place + 1 :]), None)
+        if argument.startswith(f"{name}="):
+            return argument.removeprefix(f"{name}=")
+    return None
 
 
 def run_demo(command: Demo) -> int:
@@ -343,6 +376,50 @@ def _ablate_stages(command: Ablate, recipe: Recipe) -> int:
     judged_by = f"suite {command.suite}, limit {command.limit}"
     text = ablate_stages(recipe, command.seeds, folder, judge, judged_by, command.arms, command.only, command.workers)
     print(f"\n{text}\nmade: {folder / 'stages.md'}, {folder / 'stages.json'}, and a run folder of each run")
+    return 0
+
+
+def run_sft(command: SFT) -> int:
+    from minglm.posttrain.sft import ConversationData, judge_modes, sft
+    from minglm.tokenizer import Tokenizer
+    from minglm.train.metrics import read_metrics
+    from minglm.train.run_folder import RunFolder
+
+    recipe, path = command.recipe, Path(command.recipe_file)
+    if recipe.base is None:
+        raise ConfigError("sft: wanted the model to start from: a run folder, or a Hugging Face folder")
+    base = _find_checkpoint(recipe.base)
+    recipe = replace(recipe, base=base)
+    if command.lint:
+        print(f"sft: the conversations of {command.recipe_file} as {base} reads them; nothing is written\n")
+        data = ConversationData.gather(recipe, Tokenizer.from_pretrained(base))
+        print(f"{data.training.table()}\n\nheld out:\n\n{data.held_out.table()}")
+        data.refuse_faults()
+        return 0
+    default = path.parent if path.name == "config.toml" else Path("runs", f"{_name_of(base.resolve())}-sft")
+    folder = command.run_folder or default
+    print(f"sft: {base} by {command.recipe_file}; everything is written to {folder}\n")
+    outcome = sft(recipe, folder, command.resume)
+    run = RunFolder(folder)
+    if outcome.stopped_by is not None:
+        print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
+        print(f"to go on: {PROGRAM} sft --recipe {run.config}")
+        return 128 + outcome.stopped_by
+    held_out = [record["loss"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
+    print(f"\nheld-out conversations: from {held_out[0]:.3f} to {held_out[-1]:.3f} nats per token of the assistant's")
+    switch = judge_modes(recipe, folder)
+    for line in switch.lines() if switch else ():
+        print(line)
+    print(f"""
+made:
+  {run.overview}    plots: losses, how the experts are used
+  {outcome.checkpoint}    the model: a Hugging Face folder, with its tokenizer
+  {run.metrics}    every number
+  {run.config}    the recipe, with every default
+
+to try next:
+  {PROGRAM} chat {folder}
+  {PROGRAM} eval {outcome.checkpoint} --suite chat""")
     return 0
 
 

@@ -9,6 +9,7 @@ integer: a run resumes exactly, on however many ranks, workers or micro-batches 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from minglm.data.packing import BEST_FIT, IGNORED, PACKINGS, PADDING, TRUNCATE, 
 from minglm.data.shards import Dataset
 from minglm.data.sources import HELD_OUT
 
-__all__ = ["IGNORED", "PADDING", "Batch", "MixtureStream", "StreamError", "TokenStream", "held_out_batches"]
+__all__ = ["IGNORED", "PADDING", "Batch", "MixtureStream", "RowStream", "StreamError", "TokenStream", "held_out_batches"]
 
 
 class StreamError(ValueError):
@@ -39,42 +40,29 @@ class Batch:
     document_ids: torch.Tensor  # int32
 
 
-class TokenStream:
-    """An endless, seeded sequence of training sequences: the documents of some domains, packed by random truncation (`Ring`).
+class Pool(Protocol):
+    """What a stream deals from: so many rows an epoch, in an order of its own in each."""
 
-    `position` counts sequences dealt, by all ranks together.
+    rows_per_epoch: int
+
+    def rows(self, epoch: int, numbers: np.ndarray) -> Rows:
+        """Rows `numbers` (int64 (rows,), each below `rows_per_epoch`) of this epoch."""
+
+
+class RowStream:
+    """An endless sequence of rows that are dealt from pools in turns by weight (`minglm.data.mixture`).
+
+    `position` counts sequences dealt, by all ranks together. `identity` says what is dealt: a state that has another one is
+    refused.
     """
 
     def __init__(
-        self,
-        dataset: Dataset,
-        split: str,
-        sequence_length: int,
-        seed: int,
-        domains: Sequence[str] | None = None,
+        self, sequence_length: int, pools: Mapping[str, Pool], weights: Mapping[str, float], identity: Mapping[str, object]
     ):
-        """Deal the documents of `split`, of all domains or those named.
-
-        Raises StreamError if they hold fewer tokens than one sequence, or an argument is out of its range.
-        """
-        _check_numbers(sequence_length, seed)
-        ring = _pool(dataset, split, sequence_length, seed, domains, TRUNCATE)
-        self._set(dataset, split, sequence_length, seed, {"all": ring}, {"all": 1})
-        self._identity["domains"] = sorted(domains) if domains else None
-
-    def _set(
-        self,
-        dataset: Dataset,
-        split: str,
-        sequence_length: int,
-        seed: int,
-        pools: Mapping[str, Ring | Bins],
-        weights: Mapping[str, float],
-    ) -> None:
         self.sequence_length = sequence_length
         self.position = 0
         self._pools, self._turns = pools, Turns(weights)
-        self._identity = {"dataset": dataset.fingerprint, "split": split, "sequence_length": sequence_length, "seed": seed}
+        self._identity = dict(identity)
 
     @property
     def sequences_per_epoch(self) -> int:
@@ -112,6 +100,39 @@ class TokenStream:
         if differences:
             raise StreamError("this is the state of another data stream: " + "; ".join(differences))
         self.position = state["position"]
+
+
+class TokenStream(RowStream):
+    """An endless, seeded sequence of the documents of some domains, packed by random truncation (`Ring`)."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        sequence_length: int,
+        seed: int,
+        domains: Sequence[str] | None = None,
+    ):
+        """Deal the documents of `split`, of all domains or those named.
+
+        Raises StreamError if they hold fewer tokens than one sequence, or an argument is out of its range.
+        """
+        _check_numbers(sequence_length, seed)
+        ring = _pool(dataset, split, sequence_length, seed, domains, TRUNCATE)
+        self._set(dataset, split, sequence_length, seed, {"all": ring}, {"all": 1})
+        self._identity["domains"] = sorted(domains) if domains else None
+
+    def _set(
+        self,
+        dataset: Dataset,
+        split: str,
+        sequence_length: int,
+        seed: int,
+        pools: Mapping[str, Ring | Bins],
+        weights: Mapping[str, float],
+    ) -> None:
+        identity = {"dataset": dataset.fingerprint, "split": split, "sequence_length": sequence_length, "seed": seed}
+        super().__init__(sequence_length, pools, weights, identity)
 
 
 class MixtureStream(TokenStream):

@@ -19,7 +19,7 @@ class HeldOutError(ValueError):
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Means over held-out tokens that stand for text: special tokens are neither predicted nor counted."""
+    """Means over held-out tokens that stand for text: special tokens are neither predicted nor counted, unless asked for."""
 
     loss: float  # nats per token
     mtp_loss: float | None  # nats per token, of the MTP layer; None if it predicted nothing
@@ -43,10 +43,12 @@ def evaluate_held_out(
     byte_lengths: Tensor,
     device: Device,
     sum_over_ranks: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    counts_specials: bool = False,
 ) -> HeldOutLoss:
     """byte_lengths (vocabulary,) int: bytes of text that each id stands for, 0 for special tokens, on the device.
 
-    bits per byte = summed nats / ln 2 / bytes of the predicted tokens, over all ranks' batches. The model's mode and expert
+    bits per byte = summed nats / ln 2 / bytes of the predicted tokens, over all ranks' batches. counts_specials: predict
+    special tokens, too: in conversations they say where thinking and turns end. The model's mode and expert
     counts stay. Raises HeldOutError if no token stands for text.
     """
     sums = torch.zeros(5, dtype=torch.float64)  # nats and tokens of the head, of the MTP layer, and bytes
@@ -56,7 +58,7 @@ def evaluate_held_out(
         batch = to_device(batch, device.torch_device)
         lengths = byte_lengths[batch.labels.clamp(min=0)]
         is_text = (batch.labels != IGNORED) & (lengths > 0)
-        labels = batch.labels.masked_fill(~is_text, IGNORED)
+        labels = batch.labels if counts_specials else batch.labels.masked_fill(~is_text, IGNORED)
         counts = model.count_targets(labels, batch.document_ids)
         with device.autocast():
             loss = model.loss(batch.input_ids, labels, batch.document_ids)

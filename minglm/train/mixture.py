@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset
 from minglm.data.sources import TRAIN
-from minglm.data.stream import MixtureStream, StreamError, TokenStream
+from minglm.data.stream import MixtureStream, RowStream, StreamError, TokenStream
 from minglm.model import GLM
 from minglm.params import count
 from minglm.tokenizer import Tokenizer
@@ -37,7 +37,7 @@ def make_stream(recipe: Recipe, stage: PlannedStage, dataset: Dataset) -> TokenS
         ) from error
 
 
-def describe(plan: Plan, streams: Sequence[TokenStream], recipe: Recipe, model: GLM, tokenizer: Tokenizer) -> None:
+def describe(plan: Plan, streams: Sequence[RowStream], recipe: Recipe, model: GLM, tokenizer: Tokenizer) -> None:
     """Say what will be done."""
     config, training = recipe.model, recipe.training
     print(
@@ -65,7 +65,7 @@ def describe(plan: Plan, streams: Sequence[TokenStream], recipe: Recipe, model: 
         print(f"    {_shares(stage, sequences, stream)}")
 
 
-def _shares(stage: PlannedStage, sequences: int, stream: TokenStream) -> str:
+def _shares(stage: PlannedStage, sequences: int, stream: RowStream) -> str:
     if not stage.mixture:
         return f"all the data, {sequences / stream.sequences_per_epoch:.2f} times"
     total, epochs = sum(stage.mixture.values()), stream.epochs(sequences)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from minglm.data.stream import Batch, TokenStream
+from minglm.data.stream import Batch, RowStream
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -21,7 +21,7 @@ class Prefetcher:
     raised by the `next` that wanted its micro-batch.
     """
 
-    def __init__(self, stream: TokenStream, sequences: int, device: torch.device, rank: int = 0, ranks: int = 1):
+    def __init__(self, stream: RowStream, sequences: int, device: torch.device, rank: int = 0, ranks: int = 1):
         self._stream, self._sequences, self._device = stream, sequences, device
         self._rank, self._ranks = rank, ranks
         self._state = stream.state_dict()

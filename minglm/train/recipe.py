@@ -278,7 +278,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=data, tokenizer=str(Path(recipe.tokenizer).resolve()) if own else recipe.tokenizer)
 
 
-def find_config(kind: Literal["model", "recipe"], name_or_path: str | Path, folder: Path = Path()) -> Path:
+def find_config(kind: Literal["model", "recipe", "sft"], name_or_path: str | Path, folder: Path = Path()) -> Path:
     """The TOML file of a model size or recipe: a path from `folder`, or the bare name of one in `configs/`.
 
     Raises `ConfigError` that lists the names there are.
@@ -293,13 +293,13 @@ def find_config(kind: Literal["model", "recipe"], name_or_path: str | Path, fold
     raise ConfigError(f"{path}: no such file, and {kind} {str(name_or_path)!r} is none of {names}")
 
 
-def save_recipe(recipe: Recipe, path: str | Path) -> None:
-    """Write the recipe as TOML with every key; `load_recipe` reads it back equal."""
+def save_recipe(recipe: Any, path: str | Path, command: str = "train") -> None:
+    """Write a recipe, of training or of another `command`, as TOML with every key; `load_recipe` reads it back equal."""
     values = _to_mapping(recipe)
-    stages = values.pop("stages")
+    stages = values.pop("stages", ())
     plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
     tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    lines = ["# The recipe of this run as resolved. `python -m minglm train` takes it, too."]
+    lines = [f"# The recipe of this run as resolved. `python -m minglm {command}` takes it, too."]
     lines += [f"{key} = {_toml(value)}" for key, value in plain.items()]
     listed = [(f"[{name}]", table) for name, table in tables.items()] + [("[[stages]]", stage) for stage in stages]
     for heading, table in listed:
@@ -307,7 +307,7 @@ def save_recipe(recipe: Recipe, path: str | Path) -> None:
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def differences(found: Recipe, wanted: Recipe) -> Iterator[str]:
+def differences(found: Any, wanted: Any) -> Iterator[str]:
     """One line for each key that differs, as `table.key: found ..., wanted ...`."""
     ours, theirs = _flat(_to_mapping(found)), _flat(_to_mapping(wanted))
     for key in ours | theirs:
@@ -315,12 +315,16 @@ def differences(found: Recipe, wanted: Recipe) -> Iterator[str]:
             yield f"{key}: found {ours.get(key)!r}, wanted {theirs.get(key)!r}"
 
 
-def _to_mapping(recipe: Recipe) -> dict[str, Any]:
-    mapping = dataclasses.asdict(recipe)
-    del mapping["model"]["unused"]
-    for key in ("path", "folder"):
-        mapping["data"][key] = mapping["data"][key] and str(mapping["data"][key])
+def _to_mapping(recipe: Any) -> dict[str, Any]:
+    mapping = dataclasses.asdict(recipe, dict_factory=lambda items: {key: _without_paths(value) for key, value in items})
+    mapping.get("model", {}).pop("unused", None)
     return mapping
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_without_paths, value))
+    return str(value) if isinstance(value, Path) else value
 
 
 def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,11 +12,12 @@ A checkpoint has its name only when it is complete (`minglm.checkpoint.write_fol
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 from minglm.config import ConfigError
-from minglm.train.recipe import Recipe, differences, load_recipe, save_recipe
+from minglm.train.recipe import differences, load_recipe, save_recipe
 from minglm.train.state import STATE
 
 
@@ -41,8 +42,16 @@ class RunFolder:
     def newest_checkpoint(self) -> Path | None:
         return next(reversed(self.checkpoints()), None)
 
-    def open(self, recipe: Recipe, must_resume: bool = False) -> Path | None:
+    def open(
+        self,
+        recipe: Any,
+        must_resume: bool = False,
+        load: Callable[[Path], Any] = load_recipe,
+        save: Callable[[Any, Path], None] = save_recipe,
+    ) -> Path | None:
         """Make the folder ready for `recipe`; return the checkpoint to go on from, or None to start at the beginning.
+
+        load, save: read and write a recipe of this kind.
 
         Raises `ConfigError` if the checkpoints there are another recipe's, or if there are none and `must_resume`.
         """
@@ -52,7 +61,7 @@ class RunFolder:
         if newest is None and must_resume:
             raise ConfigError(f"{self.path}: found no checkpoint to resume from; without --resume, the run starts anew")
         if newest is not None:
-            changes = list(differences(load_recipe(self.config), recipe))
+            changes = list(differences(load(self.config), recipe))
             if changes:
                 raise ConfigError(
                     f"{self.path} holds the checkpoints of another recipe; {'; '.join(changes)}. To go on with it, give "
@@ -60,7 +69,7 @@ class RunFolder:
                 )
             return newest
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        save_recipe(recipe, self.config)
+        save(recipe, self.config)
         self.metrics.unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         return None
 

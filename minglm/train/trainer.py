@@ -7,7 +7,7 @@ goes on from the newest checkpoint and ends with the same bits as a run to which
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from minglm import ops
 from minglm.data.shards import Dataset
-from minglm.data.stream import Batch, held_out_batches
+from minglm.data.stream import Batch, RowStream, held_out_batches
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import Device, choose_device
-from minglm.train.held_out import evaluate_held_out, share_of_rank
+from minglm.train.held_out import HeldOutLoss, evaluate_held_out, share_of_rank
 from minglm.train.learner import Learner
 from minglm.train.metrics import MetricsFile, read_metrics
 from minglm.train.mixture import describe, make_stream
@@ -91,7 +91,12 @@ def train(
 
 
 class Trainer:
-    """One run: what learns, its place in the data, and the steps done so far."""
+    """One run: what learns, its place in the data, and the steps done so far.
+
+    Another kind of data than prepared text has its own `make_streams` and `held_out_batches`.
+    """
+
+    counts_specials = False  # in the held-out loss; text has none that a model could foresee
 
     def __init__(
         self,
@@ -114,7 +119,7 @@ class Trainer:
         ids = {"eos_token_id": list(tokenizer.end_of_turn_ids), "pad_token_id": tokenizer.end_of_document_id}
         config = replace(recipe.model, unused={**recipe.model.unused, **ids})
         # Before anything is allocated, of every stage: a run must not end after days because the last one lacks data.
-        self.streams = [make_stream(recipe, stage, dataset) for stage in self.plan.stages]
+        self.streams = self.make_streams()
         self.prompts = encode_prompts(recipe.samples.prompts, tokenizer)
         self.learner = make_learner(recipe, config, device, checkpoint)
         self.model, self.is_first = self.learner.model, self.learner.rank == 0
@@ -145,6 +150,15 @@ class Trainer:
             stream, stage.sequences_per_micro_batch, self.device.torch_device, self.learner.rank, self.learner.ranks
         )
         self.held_out = self._held_out(self.recipe.evaluation.tokens)
+
+    def make_streams(self) -> list[RowStream]:
+        """The sequences of each stage, from its first one."""
+        return [make_stream(self.recipe, stage, self.dataset) for stage in self.plan.stages]
+
+    def held_out_batches(self, tokens: int, domain: str | None = None) -> Iterator[Batch]:
+        """The first held-out tokens (of a domain), always the same ones, for the stage."""
+        stage = self.stage
+        return held_out_batches(self.dataset, stage.sequence_length, stage.sequences_per_micro_batch, tokens, domain)
 
     def run(self, stop: StopRequest, last: int | None = None) -> Outcome:
         """Train to the last step, or that of an earlier stage, or until `stop` has a signal."""
@@ -206,7 +220,7 @@ class Trainer:
         """Record the held-out loss, and how the experts are used."""
         self.read_metrics()
         learner = self.learner
-        held_out = evaluate_held_out(self.model, self.held_out, self.byte_lengths, self.device, learner.sum_over_ranks)
+        held_out = self._held_out_loss(self.held_out)
         if not math.isfinite(held_out.loss):
             raise self._diverged(self.step, f"held-out loss not finite ({held_out.loss})")
         self.bits_per_byte = held_out.bits_per_byte
@@ -226,15 +240,17 @@ class Trainer:
         tokens = max(1, self.recipe.evaluation.tokens // len(self.dataset.domains))
         for domain in self.dataset.held_out_domains:
             batches = self._held_out(tokens, domain)
-            held_out = evaluate_held_out(self.model, batches, self.byte_lengths, self.device, self.learner.sum_over_ranks)
+            held_out = self._held_out_loss(batches)
             self.metrics.write({"step": self.step, "kind": "domain", "domain": domain, **asdict(held_out)})
         self.read_at = self._seconds()  # not the training's time
 
     def _held_out(self, tokens: int, domain: str | None = None) -> list[Batch]:
         """This rank's share of the first held-out tokens (of a domain)."""
-        stage = self.stage
-        batches = held_out_batches(self.dataset, stage.sequence_length, stage.sequences_per_micro_batch, tokens, domain)
-        return share_of_rank(list(batches), self.learner.rank, self.learner.ranks)
+        return share_of_rank(list(self.held_out_batches(tokens, domain)), self.learner.rank, self.learner.ranks)
+
+    def _held_out_loss(self, batches: list[Batch]) -> HeldOutLoss:
+        sum_over_ranks = self.learner.sum_over_ranks
+        return evaluate_held_out(self.model, batches, self.byte_lengths, self.device, sum_over_ranks, self.counts_specials)
 
     def write_samples(self) -> None:
         """Let the model continue each prompt, always with the same draws: what changes from sample to sample is the model."""

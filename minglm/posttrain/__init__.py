@@ -1,0 +1,1 @@
+"""Post-training: what makes an assistant of a base model."""

@@ -1,0 +1,288 @@
+"""Conversations that must not be learnt from, each refused with its place and the reason.
+
+What a model is fine-tuned on it does: a turn without its end teaches it never to stop, a mark that stands in a text teaches
+it to write one, and a row without a target is a mean of nothing (karpathy/nanochat#590). So every sample is looked at before
+the first step, and none is repaired in silence.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minglm.chat import ChatError, Rendered, render_tokens, signatures
+from minglm.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+MARK = re.compile("|".join(map(re.escape, sorted(SPECIAL_TOKENS, key=len, reverse=True))))
+FAULTS = {
+    "json": "not a JSON object with messages, tools and thinking",
+    "role": "unknown role",
+    "format": "not in OpenAI's format",
+    "empty mask": "nothing to learn: no token is the model's",
+    "no answer": "no assistant's message at the end",
+    "cut answer": "an assistant's turn without its end",
+    "doubled mark": "a special token's name in a text",
+    "orphan result": "a tool's result without a call",
+    "unanswered call": "a call without its result",
+    "arguments": "arguments that are not JSON, or not as the tool's schema says",
+    "mode": "a thinking that contradicts the mode",
+    "too long": "longer than a row",
+}
+
+
+class LintError(ValueError):
+    """A sample that is refused. Attributes: where (file and line, or family, and sample), fault (key of `FAULTS`), reason."""
+
+    def __init__(self, where: str, fault: str, reason: str):
+        super().__init__(f"{where}: {fault}: {reason}")
+        self.where, self.fault, self.reason = where, fault, reason
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation to learn from. `thinking` as `enable_thinking` of `minglm.chat.render`; `where` names it in errors."""
+
+    messages: Sequence[Mapping[str, Any]]
+    where: str
+    tools: Sequence[Mapping[str, Any]] = ()
+    thinking: bool | None = None
+
+
+def read_samples(path: Path) -> Iterator[Sample | LintError]:
+    """The samples of a JSONL file in order, and an error in the place of each line that holds none; blank lines are none."""
+    number = 0
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        for line_number, line in enumerate(file, 1):
+            if line.strip():
+                number += 1
+                yield _read_line(line, f"{path}, line {line_number}, sample {number}")
+
+
+def _read_line(line: str, where: str) -> Sample | LintError:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return LintError(where, "json", f"{error}")
+    if not isinstance(found, dict) or not isinstance(found.get("messages"), list):
+        return LintError(where, "json", f'found {line.strip()[:60]!r}; wanted an object with "messages", a list')
+    thinking, tools = found.get("thinking"), found.get("tools") or []
+    if thinking is not None and not isinstance(thinking, bool):
+        return LintError(where, "json", f'"thinking" is {thinking!r:.60}; wanted true, false or null')
+    return Sample(found["messages"], where, tools, thinking)
+
+
+def lint(sample: Sample, tokenizer: Tokenizer, longest: int) -> Rendered:
+    """The sample's ids and the mask of what is learnt, at most `longest` tokens. Raises `LintError`."""
+
+    def refuse(fault: str, reason: str) -> LintError:
+        return LintError(sample.where, fault, reason)
+
+    messages = sample.messages
+    for index, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, Mapping) else None
+        if role not in ROLES:
+            raise refuse("role", f"messages[{index}] has the role {role!r:.40}; wanted one of {', '.join(ROLES)}")
+    if not any(message["role"] == "assistant" for message in messages):
+        raise refuse("empty mask", "there is no message of the assistant; wanted one")
+    if messages[-1]["role"] != "assistant":
+        raise refuse("no answer", f"the last message is the {messages[-1]['role']}'s; wanted the assistant's")
+    try:
+        schemas = {name: signature.parameters for name, signature in signatures(sample.tools).items()}
+        for found in (*_turn_faults(messages), *_mark_faults(messages), *_call_faults(messages, schemas)):
+            raise refuse(*found)
+        for found in _mode_faults(sample):
+            raise refuse(*found)
+        rendered = render_tokens(tokenizer, messages, sample.tools or None, sample.thinking, end_of_turn=True)
+    except ChatError as error:
+        raise refuse("format", str(error)) from error
+    if not any(rendered.assistant_mask):
+        raise refuse("empty mask", "no token is the model's; wanted a turn with some text")
+    if len(rendered.ids) > longest:
+        raise refuse("too long", f"{len(rendered.ids)} tokens; wanted at most a row's {longest}: none is ever cut")
+    return rendered
+
+
+Found = Iterator[tuple[str, str]]  # fault and reason
+
+
+def _turn_faults(messages: Sequence[Mapping[str, Any]]) -> Found:
+    """Every turn of the assistant must end in the mark of the user or of a tool, every call in its result."""
+    waiting: list[Any] = []  # the ids of calls without a result yet
+    before = None
+    for index, message in enumerate(messages):
+        role, where = message["role"], f"messages[{index}]"
+        if role == "tool":
+            content = message.get("content")
+            for _ in range(len(content) if isinstance(content, list | tuple) else 1):
+                if not waiting:
+                    yield "orphan result", f"{where} is a tool's result, and no call before it waits for one"
+                    return
+                id = message.get("tool_call_id")
+                if id is not None and None not in waiting and id not in waiting:
+                    yield "orphan result", f"{where} answers the call {id!r:.40}; wanted one of {waiting!r:.80}"
+                    return
+                waiting.remove(id) if id in waiting else waiting.pop(0)
+        elif waiting:
+            yield "unanswered call", f"{where} is the {role}'s, while {len(waiting)} calls before it have no result"
+        if before == "assistant" and role in ("assistant", "system"):
+            yield "cut answer", f"messages[{index - 1}] is followed by the {role}'s: no mark ends the turn; wanted user or tool"
+        if role == "assistant":
+            yield from _cut_faults(message, where)
+            waiting += [call.get("id") if isinstance(call, Mapping) else None for call in _calls(message)]
+        before = role
+
+
+def _cut_faults(message: Mapping[str, Any], where: str) -> Found:
+    content, calls = message.get("content") or "", message.get("tool_calls")
+    if message.get("finish_reason") == "length":
+        yield "cut answer", f'{where} has finish_reason "length"; wanted an answer that came to its end'
+    if isinstance(content, str) and "<think>" in content and "</think>" not in content:
+        yield "cut answer", f"{where}.content opens <think> and never closes it"
+    if not calls and isinstance(content, str) and not content.split("</think>")[-1].strip():
+        yield "cut answer", f"{where} has neither content nor calls; wanted an answer after the thinking"
+
+
+def _mark_faults(messages: Sequence[Mapping[str, Any]]) -> Found:
+    for index, message in enumerate(messages):
+        for key, text in _texts(message):
+            mark = MARK.search(text)
+            if mark:
+                yield "doubled mark", f"messages[{index}].{key} holds {mark[0]!r} at character {mark.start()}"
+
+
+def _texts(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """All texts of a message that the template puts between its marks."""
+    content = message.get("content")
+    parts = content if isinstance(content, list | tuple) else [content]
+    for part in parts:
+        text = part.get("text", part.get("output")) if isinstance(part, Mapping) else part
+        if not isinstance(text, str):
+            continue
+        if message["role"] == "user":
+            text = text.removesuffix("/nothink")  # the template's own mark stands in for it
+        elif message["role"] == "assistant" and message.get("reasoning_content") is None and "</think>" in text:
+            text = re.sub(r"\A\s*(?:<think>)?(.*?)</think>", r"\1", text, count=1, flags=re.DOTALL)
+        yield "content", text
+    if isinstance(message.get("reasoning_content"), str):
+        yield "reasoning_content", message["reasoning_content"]
+    for number, call in enumerate(_calls(message)):
+        arguments = _function(call).get("arguments")
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, default=str)
+        yield f"tool_calls[{number}].function.arguments", text
+
+
+def _calls(message: Mapping[str, Any]) -> Sequence[Any]:
+    calls = message.get("tool_calls")
+    return calls if isinstance(calls, list | tuple) else ()
+
+
+def _function(call: Any) -> Mapping[str, Any]:
+    function = (call.get("function") or call) if isinstance(call, Mapping) else {}
+    return function if isinstance(function, Mapping) else {}
+
+
+def _call_faults(messages: Sequence[Mapping[str, Any]], schemas: Mapping[str, Mapping[str, Any]]) -> Found:
+    for index, message in enumerate(messages):
+        for number, call in enumerate(_calls(message)):
+            function, where = _function(call), f"messages[{index}].tool_calls[{number}]"
+            name, arguments = function.get("name"), function.get("arguments")
+            if name not in schemas:
+                yield (
+                    "arguments",
+                    f"{where} calls {name!r:.40}; wanted one of the tools: {', '.join(schemas) or 'there are none'}",
+                )
+                continue
+            if isinstance(arguments, str):
+                try:
+                    arguments = json.loads(arguments)
+                except (ValueError, RecursionError) as error:
+                    yield "arguments", f"{where}.function.arguments are not JSON: {error}"
+                    continue
+            schema = {"type": "object", **schemas[name]}
+            reason = violation(arguments, schema, schema, "arguments")
+            if reason:
+                yield "arguments", f"{where} ({name}): {reason}"
+
+
+def violation(value: Any, schema: Any, root: Mapping[str, Any], where: str) -> str | None:
+    """What in a JSON value is not as its schema says: type, enum, const, required, properties, items, unions, references.
+
+    Arguments that no schema names are refused unless `additionalProperties` lets them in, as `minglm.chat.tool_grammar` does.
+    """
+    if not isinstance(schema, Mapping):
+        return None
+    if "$ref" in schema:
+        target: Any = root
+        for step in str(schema["$ref"]).removeprefix("#/").split("/"):
+            target = target[step]  # `signatures` has followed it
+        return violation(value, target, root, where)
+    alternatives = schema.get("anyOf") or schema.get("oneOf")
+    if alternatives and all(violation(value, one, root, where) for one in alternatives):
+        return f"{where} is {value!r:.60}; wanted one of the schema's alternatives"
+    for part in schema.get("allOf", ()):
+        if reason := violation(value, part, root, where):
+            return reason
+    if value is None and schema.get("nullable") is True:
+        return None
+    types = schema.get("type", [])
+    types = [types] if isinstance(types, str) else types
+    if types and not any(_is_a(value, kind) for kind in types):
+        return f"{where} is {value!r:.60}; wanted {' or '.join(types)}"
+    allowed = [schema["const"]] if "const" in schema else schema.get("enum")
+    if allowed is not None and not any(_same(value, one) for one in allowed):
+        return f"{where} is {value!r:.60}; wanted one of {', '.join(map(str, allowed)):.200}"
+    if isinstance(value, Mapping):
+        return _object_violation(value, schema, root, where)
+    if isinstance(value, list):
+        reasons = (violation(item, schema.get("items"), root, f"{where}[{index}]") for index, item in enumerate(value))
+        return next(filter(None, reasons), None)
+    return None
+
+
+def _object_violation(value: Mapping[str, Any], schema: Mapping[str, Any], root: Mapping[str, Any], where: str) -> str | None:
+    for key in schema.get("required", ()):
+        if key not in value:
+            return f"{where} lack {key!r}"
+    properties = schema.get("properties") or {}
+    others = schema.get("additionalProperties", not properties)
+    for key, item in value.items():
+        if key not in properties and others is False:
+            return f"{where} hold {key!r}; wanted only {', '.join(properties) or 'none'}"
+        if reason := violation(item, properties.get(key, others), root, f"{where}[{key!r}]"):
+            return reason
+    return None
+
+
+def _is_a(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if kind == "integer":
+        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    python = {"string": str, "number": int | float, "null": type(None), "array": list, "object": Mapping}
+    return kind != "boolean" and isinstance(value, python[kind])
+
+
+def _same(value: Any, other: Any) -> bool:
+    return value == other and isinstance(value, bool) == isinstance(other, bool)
+
+
+def _mode_faults(sample: Sample) -> Found:
+    """A non-thinking sample never thinks. A thinking one does, somewhere after the last user's message: the template drops
+    what was thought before."""
+    messages = sample.messages
+    last_user = max((index for index, message in enumerate(messages) if message["role"] == "user"), default=-1)
+    thoughts = [index for index, message in enumerate(messages) if message["role"] == "assistant" and _thinks(message)]
+    if sample.thinking is False and thoughts:
+        yield "mode", f"messages[{thoughts[0]}] thinks, in a non-thinking sample"
+    if sample.thinking is True and not any(index > last_user for index in thoughts):
+        yield "mode", "no message after the last user's thinks, in a thinking sample"
+
+
+def _thinks(message: Mapping[str, Any]) -> bool:
+    content, reasoning = message.get("content"), message.get("reasoning_content")
+    if reasoning is None and isinstance(content, str) and "</think>" in content:
+        reasoning = content.split("</think>")[0].split("<think>")[-1]
+    return isinstance(reasoning, str) and bool(reasoning.strip())

@@ -1,0 +1,138 @@
+"""A recipe of supervised fine-tuning, in one TOML file (examples in `configs/sft/`). Nothing here needs torch."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from minglm.config import ConfigError, GLMConfig, build, read_toml_mapping
+from minglm.train.recipe import (
+    Checkpoints,
+    Evaluation,
+    Hardware,
+    Optimizer,
+    Recipe,
+    Samples,
+    Schedule,
+    Training,
+    find_config,
+    save_recipe,
+)
+from minglm.train.stages import require
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """What to learn from. Each sample is in one of three modes, whose shares are exact (`minglm.data.mixture`)."""
+
+    samples: int
+    """Conversations to train on; packed into rows, which repeat when all have been read."""
+    thinking: float = 0.5
+    """Weight of samples that reason before they answer."""
+    non_thinking: float = 0.5
+    """Weight of samples whose user says `/nothink`: the empty thinking stands in the prompt and is not learnt."""
+    automatic: float = 0.0
+    """Weight of samples in which the task decides: families think, easy families answer at once."""
+    families: tuple[str, ...] = ()
+    """Of problems (minglm.tasks), for all three modes."""
+    easy_families: tuple[str, ...] = ()
+    """Not worth a thought: for non-thinking and automatic samples only. The prompts of thinking and automatic samples have the
+    same text, so a family that is in both lists would ask for two different answers to it."""
+    levels: int = 2
+    """Difficulties of each family, from the easiest on; 0: all."""
+    files: tuple[Path, ...] = ()
+    """Own conversations, JSONL: {"messages": [...], "tools": [...], "thinking": true, false or null (automatic)} a line. In a
+    recipe file paths start from that file's folder."""
+    file_share: float = 0.5
+    """The part of each mode's samples that comes from files, where the mode has any there beside families."""
+    held_out_files: tuple[Path, ...] = ()
+    """As files, for the held-out loss; problems of families have a held-out split of their own."""
+    mode_prompts: int = 64
+    """Held-out problems that the finished model is asked in each mode, to see that it keeps to the mode; 0: none."""
+
+    def __post_init__(self) -> None:
+        require(self.samples > 0, "samples", self.samples, "1 or more")
+        for key in ("thinking", "non_thinking", "automatic", "levels", "mode_prompts"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        require(any(self.weights.values()), "thinking", self.thinking, "a mode with a weight above 0")
+        require(0 <= self.file_share <= 1, "file_share", self.file_share, "0 to 1")
+        require(bool(self.families or self.easy_families or self.files), "families", (), "some families or files")
+        both = set(self.families) & set(self.easy_families)
+        require(not both, "easy_families", tuple(sorted(both)), "families that are not among families, too")
+        held_out = self.families or self.easy_families or self.held_out_files
+        require(bool(held_out), "held_out_files", (), "some, as there are no families to hold problems out from")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By the names of `minglm.chat.MODES`."""
+        return {"thinking": self.thinking, "non-thinking": self.non_thinking, "automatic": self.automatic}
+
+
+@dataclass(frozen=True)
+class SFTRecipe:
+    """Everything that decides a fine-tuning."""
+
+    conversations: Conversations
+    training: Training
+    base: Annotated[Positional[Path | None], arg(metavar="BASE")] = None
+    """The model to start from: a run folder, or a Hugging Face folder with its tokenizer."""
+    seed: int = 1
+    """Everything random hangs on it."""
+    router: Literal["update", "sequence_loss_only", "freeze"] = "sequence_loss_only"
+    """Balance of the experts. update: loss-free balancing goes on, and the sequence-level loss with it; sequence_loss_only:
+    the selection bias stays as it is; freeze: neither."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    hardware: Hardware = field(default_factory=Hardware)
+
+    def as_training(self, model: GLMConfig) -> Recipe:
+        """As the trainer reads it, for a base of this architecture. Raises `ConfigError` for what does not fit together."""
+        training = dataclasses.replace(
+            self.training,
+            router_bias_rate=self.training.router_bias_rate if self.router == "update" else 0.0,
+            balance_weight=0.0 if self.router == "freeze" else self.training.balance_weight,
+        )
+        return Recipe(
+            model,
+            training,
+            seed=self.seed,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            evaluation=self.evaluation,
+            samples=Samples(prompts=()),
+            checkpoints=self.checkpoints,
+            hardware=self.hardware,
+        )
+
+
+def load_sft_recipe(name_or_path: str | Path) -> SFTRecipe:
+    """Read a recipe: a TOML file, or the name of one in `configs/sft/`. Paths in the file start from its folder.
+
+    Raises `ConfigError`, naming file and key, for whatever does not fit.
+    """
+    path = find_config("sft", name_or_path)
+    recipe = build(SFTRecipe, read_toml_mapping(path), where=str(path))
+    return _with_paths(recipe, lambda found: path.parent / found)
+
+
+def resolve_paths(recipe: SFTRecipe) -> SFTRecipe:
+    """With absolute paths: a run can then be resumed from another working directory."""
+    if recipe.base is None:
+        raise ConfigError("base: missing; wanted the run folder or the folder of the model to start from")
+    return _with_paths(recipe, Path.resolve)
+
+
+def save_sft_recipe(recipe: SFTRecipe, path: Path) -> None:
+    save_recipe(recipe, path, "sft --recipe")
+
+
+def _with_paths(recipe: SFTRecipe, change) -> SFTRecipe:
+    data = recipe.conversations
+    files = {key: tuple(map(change, getattr(data, key))) for key in ("files", "held_out_files")}
+    return dataclasses.replace(
+        recipe, base=recipe.base and change(recipe.base), conversations=dataclasses.replace(data, **files)
+    )
