@@ -71,6 +71,20 @@ class Conversations:
 
 
 @dataclass(frozen=True)
+class LoRA:
+    """Learn thin matrices beside frozen weights instead of the weights (minglm.posttrain.lora). Checkpoints are merged."""
+
+    rank: int = 0
+    """0: learn all weights."""
+    alpha: float = 16.0
+    """The adapters' products count alpha / rank times."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "rank", self.rank, "0 or more")
+        require(self.alpha > 0, "alpha", self.alpha, "above 0")
+
+
+@dataclass(frozen=True)
 class SFTRecipe:
     """Everything that decides a fine-tuning."""
 
@@ -83,11 +97,20 @@ class SFTRecipe:
     router: Literal["update", "sequence_loss_only", "freeze"] = "sequence_loss_only"
     """Balance of the experts. update: loss-free balancing goes on, and the sequence-level loss with it; sequence_loss_only:
     the selection bias stays as it is; freeze: neither."""
+    lora: LoRA = field(default_factory=LoRA)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     hardware: Hardware = field(default_factory=Hardware)
+
+    def __post_init__(self) -> None:
+        if self.lora.rank:
+            wanted = f"'adamw' with lora.rank = {self.lora.rank}: Muon would make thin factors orthogonal, not their product"
+            require(self.optimizer.kind == "adamw", "optimizer.kind", self.optimizer.kind, wanted)
+            require(
+                self.router != "update", "router", self.router, "another one with LoRA, which leaves the routers as they are"
+            )
 
     def as_training(self, model: GLMConfig) -> Recipe:
         """As the trainer reads it, for a base of this architecture. Raises `ConfigError` for what does not fit together."""

@@ -15,12 +15,14 @@ from minglm.checkpoint import load_model
 from minglm.config import ConfigError, GLMConfig
 from minglm.data.stream import Batch, RowStream
 from minglm.engine.engine import Engine
+from minglm.posttrain.lora import LoRALearner
 from minglm.posttrain.mode_switch import ModeSwitch, ask, measure
 from minglm.posttrain.recipe import SFTRecipe, load_sft_recipe, resolve_paths, save_sft_recipe
 from minglm.posttrain.sft_data import Census, PackedConversations, held_out_census, training_census
 from minglm.tokenizer import Tokenizer
-from minglm.train.device import choose_device
+from minglm.train.device import Device, choose_device
 from minglm.train.learner import Learner
+from minglm.train.recipe import Recipe
 from minglm.train.run_folder import RunFolder
 from minglm.train.stop import StopRequest
 from minglm.train.trainer import Outcome, Trainer
@@ -87,10 +89,13 @@ def sft(recipe: SFTRecipe, run_folder: str | Path, must_resume: bool = False) ->
     checkpoint = folder.open(recipe, must_resume, load_sft_recipe, save_sft_recipe)
     print(f"run folder: {folder.path} (recipe, metrics, plots, checkpoints)\ndevice: {device}\n\n{data.training.table()}\n")
 
-    def make_learner(recipe, config, device, checkpoint) -> Learner:
+    base, lora = recipe.base, recipe.lora
+
+    def make_learner(recipe: Recipe, config: GLMConfig, device: Device, checkpoint: Path | None) -> Learner:
+        if lora.rank:
+            return LoRALearner(lora, base, recipe, config, device, checkpoint)
         return Learner(recipe, config, device, checkpoint or base)
 
-    base = recipe.base
     with ExitStack() as stack:
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
