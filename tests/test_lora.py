@@ -13,7 +13,7 @@ from minglm.model import GLM
 from minglm.posttrain.lora import adapters, add_lora, merge
 from minglm.posttrain.recipe import LoRA
 
-LAW = settings(max_examples=12, derandomize=True, deadline=None)
+LAW = settings(max_examples=6, derandomize=True, deadline=None)
 
 
 def model_of(seed: int) -> GLM:

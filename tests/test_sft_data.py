@@ -233,7 +233,7 @@ def test_shares_of_modes_and_of_families_in_them_hold_after_any_number_of_sample
     recipe = Conversations(
         n, thinking, non_thinking, automatic, families=("weekdays", "clock"), easy_families=("translation",), levels=1
     )
-    dealt = list(islice(deal(recipe, TRAIN, tokenizer(), 10**6, seed), n))
+    dealt = list(islice(deal(recipe, TRAIN, {}, tokenizer(), 10**6, seed), n))
     total = sum(recipe.weights.values())
     for mode, weight in recipe.weights.items():
         own = [one.source for one in dealt if one.mode == mode]
@@ -246,7 +246,7 @@ def test_shares_of_modes_and_of_families_in_them_hold_after_any_number_of_sample
 def test_in_automatic_samples_families_think_and_easy_ones_do_not():
     recipe = Conversations(20, 0, 0, 1, families=("weekdays",), easy_families=("translation",), levels=1)
     empty = [tokenizer().special_ids["<think>"], tokenizer().special_ids["</think>"]]
-    for one in islice(deal(recipe, TRAIN, tokenizer(), 10**6, 1), 20):
+    for one in islice(deal(recipe, TRAIN, {}, tokenizer(), 10**6, 1), 20):
         ids = one.ids.tolist()
         start = ids.index(empty[0])
         assert (ids[start : start + 2] == empty) == (one.source == "translation")

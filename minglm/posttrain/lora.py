@@ -5,7 +5,6 @@ layer's are among them. B starts at zero, so that a model with fresh adapters is
 put together before each use, so every gear works on them as they are; what is saved is gradients' and optimiser's memory.
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +52,22 @@ def adapters(model: GLM) -> dict[str, Tensor]:
     return {name: parameter for name, parameter in model.named_parameters() if name.endswith((".0.a", ".0.b"))}
 
 
+@torch.no_grad()
 def merge(model: GLM) -> GLM:
-    """A copy of the model with the adapters' products added into its weights: an ordinary model, trainable again."""
-    merged = copy.deepcopy(model)
-    for module, name in _adapted(merged):
-        if parametrize.is_parametrized(module, name):
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-    return merged.requires_grad_(True)
+    """An ordinary model with the adapters' products added into its weights. Weights without adapters are the same memory.
+
+    (PyTorch's `remove_parametrizations` on a deep copy would take the weights from the original, too: they share a class.)
+    """
+    with torch.device("meta"):
+        merged = GLM(model.config)
+    weights = {}
+    for name in merged.state_dict():
+        path, _, leaf = name.rpartition(".")
+        weights[name] = getattr(model.get_submodule(path), leaf).detach()
+    merged.load_state_dict(weights, assign=True)
+    merged.tie_weights()
+    merged.expert_load = torch.zeros_like(model.expert_load)
+    return merged.train(model.training)
 
 
 def _adapted(model: GLM) -> list[tuple[nn.Module, str]]:

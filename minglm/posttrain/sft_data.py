@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, cycle, islice
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -44,16 +45,17 @@ class Conversation:
     source: str
 
 
-def deal(
-    recipe: Conversations, split: str, tokenizer: Tokenizer, longest: int, seed: int
-) -> Iterator[Conversation | LintError]:
+Source = Iterator[Conversation | LintError]
+Pools = dict[str, list[Conversation | LintError]]  # by mode
+
+
+def deal(recipe: Conversations, split: str, pools: Pools, tokenizer: Tokenizer, longest: int, seed: int) -> Source:
     """Conversations of a split without end, or what is wrong with a sample in its place.
 
     Sample n's mode and source are functions of n: after any number of samples each mode has had its share of them within
-    less than one, and within a mode each source. A file's samples come round again when all have been dealt. Raises
-    `ConfigError` for a mode that nothing fills.
+    less than one, and within a mode each source. `pools`, the samples of files, come round again when all have been dealt.
+    Raises `ConfigError` for a mode that nothing fills.
     """
-    pools = _pools_of_files(recipe.files if split == TRAIN else recipe.held_out_files, tokenizer, longest)
     weights = {mode: weight for mode, weight in recipe.weights.items() if weight}
     by_mode = {mode: _sources(recipe, split, mode, pools.get(mode, []), tokenizer, longest, seed) for mode in weights}
     turns = {mode: Turns({name: weight for name, (weight, _) in sources.items()}) for mode, sources in by_mode.items()}
@@ -64,9 +66,6 @@ def deal(
         sources = by_mode[names[mode]]
         (source,), _ = turns[names[mode]].at(np.array([place]))
         yield next(list(sources.values())[source][1])
-
-
-Source = Iterator[Conversation | LintError]
 
 
 def _sources(
@@ -119,9 +118,9 @@ def problems_of(name: str, split: str, seed: int, levels: int) -> Iterator[Probl
     return problems(FAMILIES[name], split, seed, FAMILIES[name].difficulties[: levels or None])
 
 
-def _pools_of_files(files: Sequence, tokenizer: Tokenizer, longest: int) -> dict[str, list[Conversation | LintError]]:
+def pools_of_files(files: Sequence[Path], tokenizer: Tokenizer, longest: int) -> Pools:
     """The samples of all files by mode. What cannot be read is of every mode, so that it is met whatever the shares."""
-    pools: dict[str, list[Conversation | LintError]] = {mode: [] for mode in MODES}
+    pools: Pools = {mode: [] for mode in MODES}
     for path in files:
         for sample in read_samples(path):
             found = _read(sample, path.name, tokenizer, longest)
@@ -174,10 +173,9 @@ class Census:
 
 def training_census(recipe: Conversations, tokenizer: Tokenizer, longest: int, seed: int) -> Census:
     """The samples to train on, `recipe.samples` of them, refused ones included; and every line of the files once."""
-    dealt = list(islice(deal(recipe, TRAIN, tokenizer, longest, seed), recipe.samples))
-    faults = {str(one): one for one in dealt if isinstance(one, LintError)}
-    for pool in _pools_of_files(recipe.files, tokenizer, longest).values():
-        faults |= {str(one): one for one in pool if isinstance(one, LintError)}
+    pools = pools_of_files(recipe.files, tokenizer, longest)
+    dealt = list(islice(deal(recipe, TRAIN, pools, tokenizer, longest, seed), recipe.samples))
+    faults = {str(one): one for some in (*pools.values(), dealt) for one in some if isinstance(one, LintError)}
     return Census([one for one in dealt if isinstance(one, Conversation)], list(faults.values()))
 
 
@@ -185,7 +183,8 @@ def held_out_census(recipe: Conversations, tokenizer: Tokenizer, longest: int, t
     """Held-out samples until they hold so many tokens, always the same ones."""
     conversations: list[Conversation] = []
     faults: list[LintError] = []
-    for one in deal(recipe, HELD_OUT, tokenizer, longest, seed=0):
+    pools = pools_of_files(recipe.held_out_files, tokenizer, longest)
+    for one in deal(recipe, HELD_OUT, pools, tokenizer, longest, seed=0):
         if isinstance(one, LintError):
             faults.append(one)
             if len(faults) == SHOWN_FAULTS:
