@@ -17,6 +17,7 @@ from tyro.conf import Positional, arg, subcommand
 from minglm.config import ConfigError, GLMConfig
 from minglm.evals.command import Eval, run_eval
 from minglm.posttrain.recipe import SFTRecipe, load_sft_recipe
+from minglm.rl.recipe import RLRecipe, load_rl_recipe
 from minglm.train.recipe import Recipe, find_config, load_recipe
 
 if TYPE_CHECKING:
@@ -111,6 +112,23 @@ class SFT:
     """Refuse to start anew if there is no checkpoint to go on from."""
     lint: bool = False
     """Only check the conversations and count them."""
+
+
+@dataclass(frozen=True)
+class RL:
+    """Train a policy by its rewards: GRPO as in the report, PPO and others, on problem families with exact verifiers.
+
+    Any key of the recipe can be overridden: --objective.advantage gae, --sampling.rounds 1. Run again, it goes on from the
+    newest checkpoint.
+    """
+
+    recipe: Annotated[RLRecipe, arg(name="")]
+    recipe_file: Annotated[str, arg(name="recipe")] = "nano"
+    """nano or a path; runs/NAME/config.toml goes on with that run."""
+    run_folder: Path | None = None
+    """Where everything is written (runs/, the base's name and -rl)."""
+    resume: bool = False
+    """Refuse to start anew if there is no checkpoint to go on from."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
             Train: run_train,
             Ablate: run_ablate,
             SFT: run_sft,
+            RL: run_rl,
             Eval: run_eval,
             Params: run_params,
             Bench: run_bench,
@@ -248,16 +267,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Ablate | SFT | Eval | Params | Bench | Race | Chat | Serve | Convert:
-    """After `train RECIPE` or `sft --recipe RECIPE`, that recipe's values are the defaults of the options; else nano's."""
+def _parse(arguments: list[str]) -> Demo | Train | Ablate | SFT | RL | Eval | Params | Bench | Race | Chat | Serve | Convert:
+    """After `train RECIPE`, and with `--recipe RECIPE` in `sft` and `rl`, that recipe's values are the defaults of the options;
+    else nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
     sft_recipe = load_sft_recipe(_option(arguments, "--recipe") or "nano" if arguments[0] == "sft" else "nano")
+    rl_recipe = load_rl_recipe(_option(arguments, "--recipe") or "nano" if arguments[0] == "rl" else "nano")
     commands = (
         Annotated[Demo, subcommand("demo")]
         | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
         | Annotated[Ablate, subcommand("ablate")]
         | Annotated[SFT, subcommand("sft", default=SFT(sft_recipe))]
+        | Annotated[RL, subcommand("rl", default=RL(rl_recipe))]
         | Annotated[Eval, subcommand("eval")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
@@ -420,6 +442,42 @@ made:
 to try next:
   {PROGRAM} chat {folder}
   {PROGRAM} eval {outcome.checkpoint} --suite chat""")
+    return 0
+
+
+def run_rl(command: RL) -> int:
+    from minglm.rl.loop import rl
+    from minglm.train.metrics import read_metrics
+    from minglm.train.run_folder import RunFolder
+
+    recipe, path = command.recipe, Path(command.recipe_file)
+    if recipe.base is None:
+        raise ConfigError("rl: wanted the policy to start from: a run folder, or a Hugging Face folder")
+    base = _find_checkpoint(recipe.base)
+    default = path.parent if path.name == "config.toml" else Path("runs", f"{_name_of(base.resolve())}-rl")
+    folder = command.run_folder or default
+    print(f"rl: {base} by {command.recipe_file}; everything is written to {folder}\n")
+    outcome = rl(replace(recipe, base=base), folder, command.resume)
+    run = RunFolder(folder)
+    if outcome.stopped_by is not None:
+        print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
+        print(f"to go on: {PROGRAM} rl --recipe {run.config}")
+        return 128 + outcome.stopped_by
+    held_out = [record["rewards"]["all"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
+    first, last = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (held_out[0], held_out[-1]))
+    print(f"""
+held-out problems: reward from {first} to {last}, 95% intervals
+
+made:
+  {run.overview}    plots: rewards, lengths, entropy, the gap between sampler and trainer
+  {outcome.checkpoint}    the policy: a Hugging Face folder, with its tokenizer
+  {folder / "rollouts"}    every attempt of every step, as text
+  {run.metrics}    every number
+  {run.config}    the recipe, with every default
+
+to try next:
+  {PROGRAM} chat {folder}
+  {PROGRAM} rl {base} --objective.advantage gae --run-folder {folder}-ppo""")
     return 0
 
 

@@ -201,7 +201,7 @@ class Hardware:
     """"auto" takes a CUDA GPU, else Apple's, else the CPU; or a name: "cuda", "cuda:1", "mps", "cpu"."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16: matrix products under autocast, master weights fp32. "auto" takes it on a CUDA GPU that has it."""
-    gear: Literal["naive", "torch", "triton"] = "torch"
+    gear: Literal["naive", "torch", "triton", "exact"] = "torch"
     """Which implementation of the hot operations; see minglm.ops."""
     compile: bool = False
     """torch.compile each decoder layer."""
@@ -278,7 +278,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=data, tokenizer=str(Path(recipe.tokenizer).resolve()) if own else recipe.tokenizer)
 
 
-def find_config(kind: Literal["model", "recipe", "sft"], name_or_path: str | Path, folder: Path = Path()) -> Path:
+def find_config(kind: Literal["model", "recipe", "sft", "rl"], name_or_path: str | Path, folder: Path = Path()) -> Path:
     """The TOML file of a model size or recipe: a path from `folder`, or the bare name of one in `configs/`.
 
     Raises `ConfigError` that lists the names there are.
