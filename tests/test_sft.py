@@ -107,7 +107,8 @@ def test_a_run_killed_at_random_points_ends_with_the_bits_of_the_undisturbed_one
     for _ in range(3):
         process = in_child(run_small, small(base), tmp_path / "run", draw.randrange(calls // 3, 2 * calls // 3))
         process.join()
-        assert process.exitcode == -signal.SIGKILL
+        if process.exitcode != -signal.SIGKILL:  # it had come so far that it ended before
+            break
         resumed_from.add(RunFolder(tmp_path / "run").newest_checkpoint())
     assert len(resumed_from) >= 2, "the kills did not spread over the run"
     run_small(small(base), tmp_path / "run")
