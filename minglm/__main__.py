@@ -441,7 +441,8 @@ made:
 
 to try next:
   {PROGRAM} chat {folder}
-  {PROGRAM} eval {outcome.checkpoint} --suite chat""")
+  {PROGRAM} eval {folder} --suite chat
+  {PROGRAM} rl {folder}""")
     return 0
 
 

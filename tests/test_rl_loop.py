@@ -10,6 +10,7 @@ from test_rl_rollout import CONFIG, TOKENIZER, Echo, collect, policy
 from minglm import ops
 from minglm.checkpoint import load_model, save_model
 from minglm.config import ConfigError, GLMConfig
+from minglm.evals.command import find_columns, first_length
 from minglm.rl.curriculum import WINDOW, Curriculum
 from minglm.rl.learner import PolicyLearner, Rows
 from minglm.rl.loop import rl
@@ -103,6 +104,9 @@ def test_a_run_writes_what_happened_and_keeps_sampler_and_trainer_equal_to_the_b
     lines = (tmp_path / "run" / "rollouts" / "step-4.jsonl").read_text().splitlines()
     assert len(lines) == 6 and {"reward", "text", "end"} <= json.loads(lines[0]).keys()
     assert load_model(outcome.checkpoint).config.vocab_size == CONFIG.vocab_size
+    # `eval` takes the folder, too: one column, and no documents of its own.
+    run = tmp_path / "run"
+    assert find_columns([run]) == {"step-4": (outcome.checkpoint, run)} and first_length(run) is None
 
 
 @pytest.mark.parametrize("name", ["reinforce++", "ppo"])

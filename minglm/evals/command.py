@@ -172,12 +172,10 @@ def _options(command: Eval, folder: Path, run: Path | None) -> dict[str, Any]:
 
 def first_length(run: Path | None) -> int | None:
     """The sequence length of a run's first stage: what all its stages have learnt, so that their windows compare."""
-    from minglm.train.recipe import load_recipe
     from minglm.train.run_folder import RunFolder
 
-    if run is None or not RunFolder(run).config.is_file():
-        return None
-    return load_recipe(RunFolder(run).config).plan().stages[0].sequence_length
+    recipe = RunFolder(run).training_recipe() if run else None
+    return recipe.plan().stages[0].sequence_length if recipe else None
 
 
 def find_dataset(data: Path | None, run: Path | None, tokenizer: "Tokenizer", out: Path) -> "Dataset | None":
@@ -198,12 +196,10 @@ def find_dataset(data: Path | None, run: Path | None, tokenizer: "Tokenizer", ou
 
 
 def _data_of(run: Path | None) -> Path | None:
-    from minglm.train.recipe import load_recipe
     from minglm.train.run_folder import RunFolder
 
-    if run is None or not RunFolder(run).config.is_file():
-        return None
-    return load_recipe(RunFolder(run).config).data.folder or run / "data"
+    recipe = RunFolder(run).training_recipe() if run else None
+    return (recipe.data.folder or run / "data") if recipe else None
 
 
 def _file_name(label: str) -> str:

@@ -16,8 +16,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from minglm.config import ConfigError
-from minglm.train.recipe import differences, load_recipe, save_recipe
+from minglm.config import ConfigError, read_toml_mapping
+from minglm.train.recipe import Recipe, differences, load_recipe, save_recipe
 from minglm.train.state import STATE
 
 
@@ -86,7 +86,14 @@ class RunFolder:
         os.replace(checkpoint, doomed)
         shutil.rmtree(doomed)
 
+    def training_recipe(self) -> Recipe | None:
+        """The run's recipe; None where there is none, or a recipe of post-training, which starts from a base."""
+        if not self.config.is_file() or "base" in read_toml_mapping(self.config):
+            return None
+        return load_recipe(self.config)
+
     def stage_checkpoints(self) -> dict[str, Path]:
         """The checkpoint at the end of each stage of the run's recipe, by the stage's name; of stages that have ended."""
-        borders = {stage.name: self.checkpoint(stage.last_step) for stage in load_recipe(self.config).plan().stages}
+        recipe = self.training_recipe()
+        borders = {stage.name: self.checkpoint(stage.last_step) for stage in recipe.plan().stages} if recipe else {}
         return {name: folder for name, folder in borders.items() if (folder / STATE).is_file()}
