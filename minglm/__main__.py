@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from minglm.engine.engine import Engine
     from minglm.tokenizer import Tokenizer
     from minglm.train.span import Span
+    from minglm.train.trainer import Outcome
 
 PROGRAM = "python -m minglm"
 DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without a command: demo."
@@ -331,9 +332,7 @@ def _train(recipe: Recipe, folder: Path, must_resume: bool = False, span: "Span 
     outcome = train(recipe, folder, generate, must_resume, span or WHOLE_RUN)
     run = RunFolder(folder)
     if outcome.stopped_by is not None:
-        print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
-        print(f"to go on: {PROGRAM} train {run.config}")
-        return 128 + outcome.stopped_by
+        return _stopped(outcome, f"train {run.config}")
     last_step = recipe.plan().steps
     if outcome.step < last_step:
         print(f"\nthe stage has ended with step {outcome.step:,} of {last_step:,}: {outcome.checkpoint}")
@@ -401,32 +400,41 @@ def _ablate_stages(command: Ablate, recipe: Recipe) -> int:
     return 0
 
 
+def _stopped(outcome: "Outcome", command: str) -> int:
+    """Say that a signal has stopped a run, and what goes on with it; returns the exit code."""
+    print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
+    print(f"to go on: {PROGRAM} {command}")
+    return 128 + outcome.stopped_by
+
+
+def _base_and_folder(command: SFT | RL, name: str) -> tuple[Path, Path]:
+    """The model that a command of post-training starts from, and where it writes. Raises `ConfigError` without a model."""
+    if command.recipe.base is None:
+        raise ConfigError(f"{name}: wanted the model to start from: a run folder, or a Hugging Face folder")
+    base, path = _find_checkpoint(command.recipe.base), Path(command.recipe_file)
+    default = path.parent if path.name == "config.toml" else Path("runs", f"{_name_of(base.resolve())}-{name}")
+    return base, command.run_folder or default
+
+
 def run_sft(command: SFT) -> int:
     from minglm.posttrain.sft import ConversationData, judge_modes, sft
     from minglm.tokenizer import Tokenizer
     from minglm.train.metrics import read_metrics
     from minglm.train.run_folder import RunFolder
 
-    recipe, path = command.recipe, Path(command.recipe_file)
-    if recipe.base is None:
-        raise ConfigError("sft: wanted the model to start from: a run folder, or a Hugging Face folder")
-    base = _find_checkpoint(recipe.base)
-    recipe = replace(recipe, base=base)
+    base, folder = _base_and_folder(command, "sft")
+    recipe = replace(command.recipe, base=base)
     if command.lint:
         print(f"sft: the conversations of {command.recipe_file} as {base} reads them; nothing is written\n")
         data = ConversationData.gather(recipe, Tokenizer.from_pretrained(base))
         print(f"{data.training.table()}\n\nheld out:\n\n{data.held_out.table()}")
         data.refuse_faults()
         return 0
-    default = path.parent if path.name == "config.toml" else Path("runs", f"{_name_of(base.resolve())}-sft")
-    folder = command.run_folder or default
     print(f"sft: {base} by {command.recipe_file}; everything is written to {folder}\n")
     outcome = sft(recipe, folder, command.resume)
     run = RunFolder(folder)
     if outcome.stopped_by is not None:
-        print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
-        print(f"to go on: {PROGRAM} sft --recipe {run.config}")
-        return 128 + outcome.stopped_by
+        return _stopped(outcome, f"sft --recipe {run.config}")
     held_out = [record["loss"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
     print(f"\nheld-out conversations: from {held_out[0]:.3f} to {held_out[-1]:.3f} nats per token of the assistant's")
     switch = judge_modes(recipe, folder)
@@ -451,19 +459,12 @@ def run_rl(command: RL) -> int:
     from minglm.train.metrics import read_metrics
     from minglm.train.run_folder import RunFolder
 
-    recipe, path = command.recipe, Path(command.recipe_file)
-    if recipe.base is None:
-        raise ConfigError("rl: wanted the policy to start from: a run folder, or a Hugging Face folder")
-    base = _find_checkpoint(recipe.base)
-    default = path.parent if path.name == "config.toml" else Path("runs", f"{_name_of(base.resolve())}-rl")
-    folder = command.run_folder or default
+    base, folder = _base_and_folder(command, "rl")
     print(f"rl: {base} by {command.recipe_file}; everything is written to {folder}\n")
-    outcome = rl(replace(recipe, base=base), folder, command.resume)
+    outcome = rl(replace(command.recipe, base=base), folder, command.resume)
     run = RunFolder(folder)
     if outcome.stopped_by is not None:
-        print(f"\nstopped by {outcome.stopped_by.name} after step {outcome.step}, which is saved in {outcome.checkpoint}")
-        print(f"to go on: {PROGRAM} rl --recipe {run.config}")
-        return 128 + outcome.stopped_by
+        return _stopped(outcome, f"rl --recipe {run.config}")
     held_out = [record["rewards"]["all"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
     first, last = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (held_out[0], held_out[-1]))
     print(f"""

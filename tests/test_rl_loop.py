@@ -8,6 +8,7 @@ import torch
 from test_rl_rollout import CONFIG, TOKENIZER, Echo, collect, policy
 
 from minglm import ops
+from minglm.__main__ import main
 from minglm.checkpoint import load_model, save_model
 from minglm.config import ConfigError, GLMConfig
 from minglm.evals.command import find_columns, first_length
@@ -190,3 +191,15 @@ def test_draws_are_a_function_of_seed_step_and_state():
 def test_the_gear_is_as_it_was_after_a_run(base, tmp_path):
     rl(recipe_of(base, steps=1), tmp_path / "run")
     assert ops._gear == "torch"
+
+
+def test_the_command_trains_goes_on_and_says_what_is_missing(base, tmp_path, capsys):
+    short = ["--steps", "1", "--evaluation-problems", "2", "--sampling.groups", "1", "--sampling.tokens", "4"]
+    run = tmp_path / "run"
+    assert main(["rl", str(base), "--run-folder", str(run), *short, "--hardware.device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "loss = 1/N" in said and "held-out problems: reward from 0.000" in said
+    assert (run / "overview.png").is_file() and (run / "rollouts" / "step-1.jsonl").is_file()
+    assert main(["rl", "--recipe", str(run / "config.toml")]) == 0  # nothing is left to do
+    assert main(["rl"]) == 2
+    assert "wanted the model to start from" in capsys.readouterr().err

@@ -38,7 +38,7 @@ def _draw(figure: Figure, steps: Sequence[dict[str, Any]], held_out: Sequence[di
                 ax.plot(*zip(*points, strict=True), label=labels[number] if labels else None, linewidth=1)
         ax.set_title(heading)
         ax.set_xlabel("step")
-        if labels:
+        if labels and ax.lines:
             ax.legend(fontsize="small")
 
     rewards, judged, lengths, entropy, gap, ends = axes.flatten()
