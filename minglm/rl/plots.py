@@ -58,6 +58,7 @@ def _draw(figure: Figure, steps: Sequence[dict[str, Any]], held_out: Sequence[di
     curve(lengths, "Tokens an attempt", ["length"])
     curve(entropy, "Entropy of the policy, nats a token", ["entropy"])
     curve(gap, "Log-probability gap, sampler to trainer, nats", ["largest_gap", "mean_gap"], ["largest", "mean"])
+    gap.set_yscale("symlog", linthresh=1e-8)
     shares = [[record["ends"].get(end, 0) / record["attempts"] for record in steps] for end in ENDS]
     ends.stackplot(x, shares, labels=ENDS, alpha=0.8)
     ends.set(title="How attempts end", xlabel="step", ylim=(0, 1))
