@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 GEARS = ("naive", "torch", "triton", "exact", "inference")
@@ -389,7 +390,7 @@ class _TiledAttention(torch.autograd.Function):
     def first_keys(t: int, b: int, visible: Tensor | None) -> list[list[int]]:
         """For each tile of queries and each sequence: the first key that any of the tile's queries sees."""
         starts = range(0, t, _TiledAttention.tile)
-        if visible is None:
+        if visible is None or isinstance(visible, FakeTensor):  # which has no values to look at
             return [[0] * b for _ in starts]
         seen = visible[:, 0].expand(b, t, t).view(torch.uint8)
         return [seen[:, start : start + _TiledAttention.tile].amax(1).argmax(-1).tolist() for start in starts]
