@@ -470,17 +470,19 @@ def _typed(text: str, types: tuple[str, ...]) -> Any:
         except ValueError as error:
             reason = f" ({error})"
             continue
-        if _is_a(value, kind):
+        if is_a(value, kind):
             return int(value) if kind == "integer" else value
     raise ValueError(f"found {text!r:.60}; wanted {' or '.join(types)}{reason}")
 
 
-def _is_a(value: Any, kind: str) -> bool:
+def is_a(value: Any, kind: str) -> bool:
+    """Whether a JSON value is of a type, by its name in JSON schemas (`JSON_TYPES`). Whole floats are integers, booleans are
+    no numbers."""
     if kind == "integer":
         return not isinstance(value, bool) and (isinstance(value, int) or (isinstance(value, float) and value.is_integer()))
     if kind == "number":
         return not isinstance(value, bool) and isinstance(value, int | float)
-    python = {"boolean": bool, "null": type(None), "array": list, "object": dict}
+    python = {"string": str, "boolean": bool, "null": type(None), "array": list, "object": Mapping}
     return isinstance(value, python[kind])
 
 
@@ -578,7 +580,7 @@ def _says_type(schema: Any) -> bool:
 
 
 def _type_of(value: Any) -> str:
-    return next((kind for kind in JSON_TYPES[1:] if _is_a(value, kind)), "string")
+    return next((kind for kind in JSON_TYPES[1:] if is_a(value, kind)), "string")
 
 
 def _referred(reference: Any, root: Mapping[str, Any]) -> Any:

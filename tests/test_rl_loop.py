@@ -69,7 +69,7 @@ def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(base, name):
     found = []
     for tokens in (10**6, 120, 1):
         learner = learner_of(base, objective, tokens)
-        numbers = learner.policy_step(trajectories, groups, 1e-3)
+        numbers = learner.policy_step(trajectories, groups, 0.1)
         found.append((numbers, torch.cat([p.detach().flatten() for p in learner.model.parameters()])))
     for numbers, weights in found[1:]:
         assert numbers == pytest.approx(found[0][0], rel=1e-3, abs=1e-5)
@@ -89,7 +89,7 @@ def test_what_was_better_than_its_group_becomes_likelier_and_results_are_not_lea
             return [learner.log_probs(learner.model, row).sum().item() for row in rows]
 
     before = log_probs()
-    learner.policy_step(trajectories, [0, 0, 1, 1], 1e-3)
+    learner.policy_step(trajectories, [0, 0, 1, 1], 0.1)
     for reward, old, new in zip(rewards, before, log_probs(), strict=True):
         assert (new > old) == (reward == 1.0)
 

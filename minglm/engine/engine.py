@@ -236,6 +236,11 @@ class Engine:
             raise ValueError(f"weights are missing, unknown or of another shape: {wrong}; wanted those of model.state_dict()")
         for name, value in state.items():
             value.copy_(weights[name])
+        self.weights_changed()
+
+    def weights_changed(self) -> None:
+        """Somebody else has changed the model's weights in place, as a step of training does: forget what was computed with
+        the old ones. What is in flight keeps its tokens."""
         for sequence in list(self.scheduler.running)[::-1]:
             self.scheduler.preempt(sequence)
         self.blocks.forget_prefixes()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minglm.chat import ChatError, Rendered, render_tokens, signatures
+from minglm.chat import ChatError, Rendered, is_a, render_tokens, signatures
 from minglm.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -229,7 +229,7 @@ def violation(value: Any, schema: Any, root: Mapping[str, Any], where: str) -> s
         return None
     types = schema.get("type", [])
     types = [types] if isinstance(types, str) else types
-    if types and not any(_is_a(value, kind) for kind in types):
+    if types and not any(is_a(value, kind) for kind in types):
         return f"{where} is {value!r:.60}; wanted {' or '.join(types)}"
     allowed = [schema["const"]] if "const" in schema else schema.get("enum")
     if allowed is not None and not any(_same(value, one) for one in allowed):
@@ -254,15 +254,6 @@ def _object_violation(value: Mapping[str, Any], schema: Mapping[str, Any], root:
         if reason := violation(item, properties.get(key, others), root, f"{where}[{key!r}]"):
             return reason
     return None
-
-
-def _is_a(value: Any, kind: str) -> bool:
-    if isinstance(value, bool):
-        return kind == "boolean"
-    if kind == "integer":
-        return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    python = {"string": str, "number": int | float, "null": type(None), "array": list, "object": Mapping}
-    return kind != "boolean" and isinstance(value, python[kind])
 
 
 def _same(value: Any, other: Any) -> bool:

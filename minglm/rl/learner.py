@@ -4,6 +4,7 @@ Trajectories lie one a row, padded at the right, as many rows side by side as a 
 the log-probabilities of a row are then those that the engine gave while it sampled, to the bit.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from minglm.rl.algorithms import Tokens, count, policy_loss, value_loss
 from minglm.rl.objective import Objective
 from minglm.rl.rollout import Trajectory
 from minglm.train.device import Device
-from minglm.train.learner import Learner
+from minglm.train.learner import Learner, update
 from minglm.train.recipe import Recipe
 
 
@@ -153,8 +154,11 @@ class PolicyLearner(Learner):
         values = None if self.critic is None else [self.critic(rows) for rows in batches]
         return old, reference, values
 
-    def policy_step(self, trajectories: Sequence[Trajectory], groups: Sequence[int], learning_rate: float) -> StepNumbers:
-        """Train on trajectories with verdicts; groups: which of them answer the same prompt.
+    def policy_step(
+        self, trajectories: Sequence[Trajectory], groups: Sequence[int], learning_rate_factor: float = 1.0
+    ) -> StepNumbers:
+        """Train on trajectories with verdicts; groups: which of them answer the same prompt; learning_rate_factor: the part of
+        the peak rate to use.
 
         The denominators are of the whole step, so that neither packing nor micro-batches change it.
         """
@@ -164,13 +168,11 @@ class PolicyLearner(Learner):
         old, reference, values = self._before(batches)
         found = self._advantages(trajectories, groups, chosen, batches, old, reference, values)
 
-        numbers = torch.zeros(5, device=device)
-        total = sum(
-            (count(self.objective, mask.flatten(), rows.sequence_ids) for mask, rows in zip(found.mask, batches, strict=True))
-        )
+        stage, numbers = self.stage, torch.zeros(4, device=device)
+        total = sum(count(self.objective, mask.flatten(), r.sequence_ids) for mask, r in zip(found.mask, batches, strict=True))
+        targets = [self.model.count_targets(rows.labels, rows.document_ids) for rows in batches]
+        totals = LossTotals(*torch.stack([torch.stack(each) for each in targets]).sum(0))
         for _ in range(self.passes):
-            targets = [self.model.count_targets(rows.labels, rows.document_ids) for rows in batches]
-            totals = LossTotals(*torch.stack([torch.stack(each) for each in targets]).sum(0))
             for n, rows in enumerate(batches):
                 tokens = Tokens(
                     found.mask[n].flatten(),
@@ -185,9 +187,8 @@ class PolicyLearner(Learner):
                 log_probs = self._of_labels(self.model, hidden, rows).flatten()
                 entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
                 loss = policy_loss(self.objective, log_probs, tokens, found.tokens[n].flatten(), total, entropies)
-                stage = self.stage
                 (loss.total + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
-                critic_loss = loss.total.detach() * 0
+                critic_loss = torch.zeros_like(loss.total)
                 if self.critic is not None:
                     critic_loss = value_loss(
                         self.objective,
@@ -198,20 +199,15 @@ class PolicyLearner(Learner):
                         total,
                     )
                     critic_loss.backward()
-                numbers += torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped, loss.policy]).detach()
-            norm = self._update(self.optimizer, self.model, learning_rate)
-            if self.critic_optimizer is not None:
-                self._update(self.critic_optimizer, self.critic, learning_rate)
+                numbers += torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach()
+            clip_norm = self.recipe.optimizer.clip_norm or math.inf
+            norm = self._clip_gradients(clip_norm)
+            update(self.optimizer, learning_rate_factor)
+            if self.critic is not None:
+                nn.utils.clip_grad_norm_(self.critic.parameters(), clip_norm)
+                update(self.critic_optimizer, learning_rate_factor)
             self.model.update_router_bias(self.stage.router_bias_rate)
         return self._numbers(numbers / self.passes, norm, batches, old, found)
-
-    def _update(self, optimizer: MuonAdamW, model: nn.Module, learning_rate: float) -> Tensor:
-        norm = nn.utils.clip_grad_norm_(model.parameters(), self.recipe.optimizer.clip_norm or float("inf"))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad()
-        return norm
 
     def _advantages(self, trajectories, groups, chosen, batches, old, reference, values) -> Advantages:
         """Those of the whole step, with every tensor cut into the micro-batches again, each (b, t)."""
@@ -255,7 +251,7 @@ class PolicyLearner(Learner):
     def _numbers(self, sums: Tensor, norm: Tensor, batches: Sequence[Rows], old: Sequence[Tensor], found) -> StepNumbers:
         gaps = torch.cat([(rows.log_probs - ours)[rows.sampled].abs() for rows, ours in zip(batches, old, strict=True)])
         entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, old, strict=True)]).mean()
-        loss, critic_loss, clipped, dropped, _ = sums.tolist()
+        loss, critic_loss, clipped, dropped = sums.tolist()
         return StepNumbers(
             loss,
             critic_loss,

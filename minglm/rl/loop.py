@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory, groups_of
 from minglm.tasks import FAMILIES
 from minglm.tasks.task import problems
 from minglm.tokenizer import Tokenizer
-from minglm.train.device import choose_device
+from minglm.train.device import Device, choose_device
 from minglm.train.metrics import MetricsFile, read_metrics
 from minglm.train.run_folder import RunFolder
 from minglm.train.state import read_state, write_state
@@ -49,13 +49,14 @@ class RLError(RuntimeError):
 
 @dataclass
 class Practice:
-    """What a step has sampled: whole groups, in order, and the pool of each."""
+    """What a step has sampled: whole groups to train on, in order, the pool of each; and all attempts that have a verdict."""
 
-    trajectories: list[Trajectory]
-    pools: list[Pool]
-    rounds: int
-    without_spread: int  # groups that were left out for that
-    failed: int  # attempts whose environment failed, left out with their groups
+    trajectories: list[Trajectory] = field(default_factory=list)
+    pools: list[Pool] = field(default_factory=list)
+    judged: list[Trajectory] = field(default_factory=list)
+    rounds: int = 0
+    without_spread: int = 0  # groups that were left out for that
+    failed: int = 0  # attempts whose environment failed, left out with their groups
 
 
 def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> Outcome:
@@ -81,7 +82,16 @@ def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> O
 class Loop:
     """One run: the policy, the engine that samples from it, the curriculum, and the steps done so far."""
 
-    def __init__(self, recipe, folder, tokenizer, config, device, base, checkpoint):
+    def __init__(
+        self,
+        recipe: RLRecipe,
+        folder: RunFolder,
+        tokenizer: Tokenizer,
+        config: GLMConfig,
+        device: Device,
+        base: Path,
+        checkpoint: Path | None,
+    ):
         self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
         training = recipe.as_training(config)
         self.learner = PolicyLearner(
@@ -99,7 +109,7 @@ class Loop:
         self.engine = Engine(
             self.learner.model, tokenizer, gear=recipe.hardware.gear, max_running=sampling.groups * sampling.group_size
         )
-        self.engine.weights_version = self.step
+        self.engine.weights_version = self.step  # counts steps, also over a resumption
         self.rollouts = Rollouts(self.engine, tokenizer, self.limits)
         self.held_out = [
             problem
@@ -134,21 +144,22 @@ class Loop:
         """Sample, verify, update. -> the mean reward of all that was sampled."""
         self.step += 1
         began = time.perf_counter()
-        practice, everything = self.practise()
+        practice = self.practise()
         sampled = time.perf_counter()
         record: dict[str, Any] = {"step": self.step, "kind": "step"}
         if practice.trajectories:
             size = self.recipe.sampling.group_size
             groups = [number // size for number in range(len(practice.trajectories))]
-            numbers = self.learner.policy_step(practice.trajectories, groups, self.recipe.optimizer.learning_rate)
-            bad = [key for key, value in numbers._asdict().items() if not math.isfinite(value)]
-            if bad or self.learner.bad_weights():
+            numbers = self.learner.policy_step(practice.trajectories, groups)
+            bad = [key for key, value in numbers._asdict().items() if not math.isfinite(value)] or self.learner.bad_weights()
+            if bad:
                 raise TrainingDiverged(
-                    f"step {self.step}: not finite: {bad or self.learner.bad_weights()}. The last good checkpoint is "
+                    f"step {self.step}: not finite: {bad}. The last good checkpoint is "
                     f"{self.folder.newest_checkpoint()}; a lower optimizer.learning_rate may help, in another run folder"
                 )
             record |= numbers._asdict()
-        self.weights_changed()
+        self.engine.weights_changed()  # in place: these are the learner's
+        everything = practice.judged
         rewards = [one.verdict.reward for one in everything]
         record |= {
             "reward": statistics.fmean(rewards),
@@ -171,11 +182,10 @@ class Loop:
         self.write_rollouts(everything)
         return record["reward"]
 
-    def practise(self) -> tuple[Practice, list[Trajectory]]:
-        """Whole groups with a spread of rewards, as many as the recipe wants if rounds suffice; and all attempts there were."""
+    def practise(self) -> Practice:
+        """Whole groups with a spread of rewards, as many as the recipe wants if rounds suffice."""
         sampling, size = self.recipe.sampling, self.recipe.sampling.group_size
-        found, everything, seen = Practice([], [], 0, 0, 0), [], []
-        drawn = 0
+        found, seen, drawn = Practice(), [], 0
         while found.rounds < sampling.rounds and (missing := sampling.groups - len(found.pools)) > 0:
             problems_now = self.curriculum.draw(self.step, drawn, missing)
             asked = [
@@ -190,7 +200,7 @@ class Loop:
                 failed = sum(one.verdict is None for one in group)
                 found.failed += failed
                 judged = [one for one in group if one.verdict is not None]
-                everything += judged
+                found.judged += judged
                 seen += [pool] * len(judged)
                 if failed:
                     continue
@@ -200,24 +210,17 @@ class Loop:
                     continue
                 found.trajectories += group
                 found.pools.append(pool)
-        if not everything:
+        if not found.judged:
             raise RLError(
                 f"step {self.step}: the environments of all {found.failed} attempts failed; nothing was learnt or lost"
             )
-        self.curriculum.learn(seen, [one.verdict.reward for one in everything])
-        return found, everything
-
-    def weights_changed(self) -> None:
-        """The engine's weights are the learner's: only what it has computed with the old ones must go."""
-        self.engine.blocks.forget_prefixes()
-        self.engine.weights_version = self.step
+        self.curriculum.learn(seen, [one.verdict.reward for one in found.judged])
+        return found
 
     def evaluate(self, bar: tqdm) -> None:
         """Record the mean reward on held-out problems, one attempt each, with 95% intervals."""
         asked = [Asked(problem, number) for number, problem in enumerate(self.held_out)]
-        self.learner.model.eval()
         attempts = [one for one in self.rollouts.collect(asked) if one.verdict is not None]
-        self.learner.model.train()
         estimates = {"all": mean([one.verdict.reward for one in attempts])}
         for family in self.recipe.tasks.levels:
             own = [one.verdict.reward for one in attempts if one.problem.family == family]

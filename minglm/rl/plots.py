@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from minglm.rl.rollout import End
 from minglm.train.plots import STYLE
 
-ENDS = ("done", "length", "turns", "malformed", "failed")
+ENDS = get_args(End)
 
 
 def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:

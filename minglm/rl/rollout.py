@@ -5,7 +5,7 @@ template's own pieces; nothing is ever rendered a second time, so no template ca
 (verl-project/verl#6854 and many others). Results of tools are in the context and are not trained on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -89,8 +89,8 @@ class Rollouts:
     def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits):
         self.engine, self.tokenizer, self.limits = engine, tokenizer, limits
 
-    def collect(self, asked: Sequence[Asked], on_end: Callable[[Trajectory], None] = lambda _: None) -> list[Trajectory]:
-        """Attempt all problems -> their trajectories, in order. on_end is called as each one ends.
+    def collect(self, asked: Sequence[Asked]) -> list[Trajectory]:
+        """Attempt all problems -> their trajectories, in order.
 
         Raises ChatError if a problem itself cannot be put into the template, ValueError if it leaves no room for an answer.
         """
@@ -108,8 +108,6 @@ class Rollouts:
                     for attempt, goes_on in zip(ended, threads.map(_Attempt.answer, ended), strict=True):
                         if goes_on:
                             by_request[attempt.ask()] = attempt
-                        else:
-                            on_end(attempt.trajectory)
             finally:
                 for request in by_request:
                     self.engine.cancel(request)
@@ -172,12 +170,17 @@ class _Attempt:
 
     def answer(self) -> bool:
         """The turn has ended: the world answers -> whether the policy is asked again."""
-        trajectory = self.trajectory
+        trajectory, tools = self.trajectory, self.problem.tools
+        if self.finish == "length":
+            return self._ended("length")
         try:
-            message = self._message()
-            if message is None:
-                return self._ended(trajectory.end)
-            trajectory.response.append(message)
+            message = parse(self.text, tools or None)
+        except ChatError:
+            if tools and self.rollouts.limits.format_penalty:
+                return self._ended("malformed")
+            message = {"role": "assistant", "content": self.text}
+        trajectory.response.append(message)
+        try:
             follows = self.episode.step(message)
             trajectory.response += follows
             if self.episode.done:
@@ -186,26 +189,13 @@ class _Attempt:
                 return self._ended("turns")
             ids = self.rollouts.answer_ids(self.problem, follows)
         except OSError as error:  # the sandbox, not the policy
-            trajectory.end, trajectory.verdict = "failed", None
+            trajectory.end = "failed"
             trajectory.response.append({"role": "tool", "content": f"environment failed: {error}"})
             return False
         if trajectory.ids[-1] != ids[0]:  # it named another speaker than the one whose turn it is
             return self._ended("malformed")
         self._append(ids[1:])
         return self._room >= 1 or self._ended("length")
-
-    def _message(self) -> Message | None:
-        """What the policy wrote; None where that ends the attempt, with the reason in the trajectory."""
-        if self.finish == "length":
-            self.trajectory.end = "length"
-            return None
-        try:
-            return parse(self.text, self.problem.tools or None)
-        except ChatError:
-            if self.problem.tools and self.rollouts.limits.format_penalty:
-                self.trajectory.end = "malformed"
-                return None
-            return {"role": "assistant", "content": self.text}
 
     def _ended(self, end: End) -> bool:
         trajectory = self.trajectory

@@ -25,6 +25,14 @@ from minglm.train.recipe import Recipe
 from minglm.train.stages import PlannedStage
 
 
+def update(optimizer: MuonAdamW, learning_rate_factor: float) -> None:
+    """One step of the optimiser at this part of its peak rates; the gradients are gone after it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_factor * group["initial_lr"]
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 class Learner:
     """A model, its optimiser, and the step that trains both."""
 
@@ -76,10 +84,7 @@ class Learner:
             loss.total.backward()
             losses += torch.stack(loss).detach()
         gradient_norm = self._clip_gradients(self.recipe.optimizer.clip_norm or math.inf)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate_factor * group["initial_lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        update(self.optimizer, learning_rate_factor)
         self.model.expert_load.copy_(self.sum_over_ranks(self.model.expert_load))
         self.expert_load = self.model.expert_load.clone()
         max_violation = self.model.update_router_bias(stage.router_bias_rate)
