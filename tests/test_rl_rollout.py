@@ -17,6 +17,7 @@ from minglm.model import GLM
 from minglm.rl.learner import Rows
 from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory
 from minglm.tasks import FAMILIES
+from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import Episode, Problem, Verdict, reply
 from minglm.tokenizer import train_tokenizer
 
@@ -146,10 +147,11 @@ def test_a_turn_that_is_cut_off_has_no_reward_and_keeps_its_tokens():
         assert one.ids[-1] in TOKENIZER.end_of_turn_ids
 
 
-def test_a_broken_environment_is_no_reward_of_zero():
+@pytest.mark.parametrize("error", [OSError, SandboxError])
+def test_a_broken_environment_is_no_reward_of_zero(error):
     class Broken(EchoEpisode):
         def step(self, message):
-            raise OSError("no sandbox")
+            raise error("no sandbox")
 
     @dataclass(frozen=True)
     class Breaks(Echo):

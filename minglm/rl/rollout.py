@@ -14,6 +14,7 @@ from minglm.chat import ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import RequestOutput
+from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import Episode, Message, Problem, Verdict
 from minglm.tokenizer import Tokenizer
 
@@ -188,7 +189,7 @@ class _Attempt:
             if trajectory.turns >= self.rollouts.limits.turns:
                 return self._ended("turns")
             ids = self.rollouts.answer_ids(self.problem, follows)
-        except OSError as error:  # the sandbox, not the policy
+        except (OSError, SandboxError) as error:  # not the policy's fault
             trajectory.end = "failed"
             trajectory.response.append({"role": "tool", "content": f"environment failed: {error}"})
             return False
