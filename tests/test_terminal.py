@@ -1,5 +1,6 @@
 """Chat in the terminal: driven through pipes, as `python -m minglm chat FOLDER` runs it, and on a pseudo-terminal."""
 
+import functools
 import io
 import json
 import os
@@ -102,7 +103,9 @@ def start(folder: Path, **pipes) -> subprocess.Popen:
         "900",
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+    # A shell's background jobs ignore Ctrl-C, and their children inherit that; the child is to be as it is in a terminal.
+    heeds_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=heeds_interrupts, **pipes)
 
 
 class Reader:
