@@ -1,7 +1,7 @@
 """Arms do one thing otherwise, start where they say, and are compared seed by seed."""
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -63,17 +63,27 @@ def test_what_is_no_arm_is_refused(text):
         arms(staged(text), stages=["lang"])
 
 
-def test_arms_start_from_the_recipes_own_checkpoints_and_a_second_call_trains_and_judges_nothing(text, tmp_path):
-    recipe, judged = staged(text), []
+@dataclass(frozen=True)
+class Norm:
+    """Judges by the norm of a weight, and notes in a file what it has judged."""
 
-    def judge(checkpoint: Path, data: Path) -> dict[str, float]:
+    notes: Path
+
+    def __call__(self, checkpoint: Path, data: Path) -> dict[str, float]:
         assert (data / "tokens").is_dir()
-        judged.append(checkpoint)
+        with self.notes.open("a") as notes:
+            notes.write(f"{checkpoint}\n")
         return {"norm": load_model(checkpoint).model.norm.weight.norm().item()}
 
-    arguments = (recipe, [1, 2], tmp_path / "out", judge, "the norm", ["control"], ["long"])
+    def judged(self) -> list[str]:
+        return self.notes.read_text().splitlines()
+
+
+def test_arms_start_from_the_recipes_own_checkpoints_and_a_second_call_trains_and_judges_nothing(text, tmp_path):
+    recipe, judge = staged(text), Norm(tmp_path / "judged")
+    arguments = (recipe, [1, 2], tmp_path / "out", judge, "the norm", ["control"], ["long"], 2)
     text_of_report = ablate_stages(*arguments)
-    assert len(judged) == 4 and "### long, control" in text_of_report
+    assert len(judge.judged()) == 4 and "### long, control" in text_of_report
     for seed in (1, 2):
         whole, arm = (RunFolder(tmp_path / "out" / name / f"seed-{seed}") for name in ("recipe", "long+control"))
         losses = [[r["loss"] for r in read_metrics(run.metrics) if r["kind"] == "step"] for run in (whole, arm)]
@@ -82,7 +92,7 @@ def test_arms_start_from_the_recipes_own_checkpoints_and_a_second_call_trains_an
         assert load_recipe(arm.config).model == MODEL
     found = json.loads((tmp_path / "out" / "stages.json").read_text())
     assert [len(pair) for pair in found["arms"]["long, control"]] == [2, 2]
-    assert ablate_stages(*arguments) == text_of_report and len(judged) == 4
+    assert ablate_stages(*arguments) == text_of_report and len(judge.judged()) == 4
 
 
 def test_a_report_pairs_the_seeds_and_marks_what_is_no_chance():

@@ -16,7 +16,8 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from minglm.train.stages import PlannedStage
 
 KINDS = ("control", "rope", "fim")
 Judge = Callable[[Path, Path], Mapping[str, float]]
-"""A model's folder and the folder of prepared data -> numbers by name."""
+"""A model's folder and the folder of prepared data -> numbers by name. It goes to other processes: it must be picklable."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def ablate_stages(
     stages: Sequence[str] = (),
     workers: int = 1,
 ) -> str:
-    """Train the recipe and its arms with every seed, `workers` at a time, and compare. -> a Markdown report.
+    """Train the recipe and its arms with every seed, judge them, `workers` processes at a time. -> a Markdown report.
 
     judged_by: the judge's name and settings; what was judged by the same before is not judged again. Killed, the same call
     goes on. Writes `stages.md` and `stages.json` into `folder`, beside the run folders.
@@ -119,25 +120,55 @@ def ablate_stages(
     def place(label: str, seed: int) -> Path:
         return folder / label.replace(", ", "+").replace(" ", "-") / f"seed-{seed}"
 
-    whole = [(replace(recipe, seed=seed), place("recipe", seed), Span(), threads) for seed in seeds]
-    parts = []
-    for arm in grid:
-        for seed in seeds:
+    def runs(seed: int) -> Iterator[tuple[Arm | None, Recipe, Path, Span]]:
+        yield None, replace(recipe, seed=seed), place("recipe", seed), Span()
+        for arm in grid:
             varied = replace(arm.recipe, seed=seed)
             if arm.kind == "fim":
                 tokenizer = str(data / "tokenizer") if recipe.tokenizer == "train" else recipe.tokenizer
                 varied = replace(varied, tokenizer=tokenizer, data=replace(varied.data, folder=folder / "data-without-fim"))
             start = place("recipe", seed) if arm.span.from_stage else None
-            parts.append((varied, place(arm.label, seed), replace(arm.span, from_run=start), threads))
-    for name, jobs in (("recipe", whole), ("arms", parts)):
-        with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-            for _ in tqdm(pool.imap_unordered(_train_quietly, jobs), total=len(jobs), desc=name, unit="run"):
-                pass
+            yield arm, varied, place(arm.label, seed), replace(arm.span, from_run=start)
+
+    total = len(seeds) * (1 + len(grid))
+    judged_stages = list(dict.fromkeys(arm.stage for arm in grid))
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        contextlib.ExitStack() as stack,
+        tqdm(total=total, desc="training", unit="run") as trained,
+        tqdm(total=total - len(seeds) + len(seeds) * len(judged_stages), desc="judging", unit="model") as judged,
+    ):
+        pool = ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1)
+        stack.callback(pool.shutdown, cancel_futures=True)  # a run that fails ends the others that have not begun
+        waiting: dict[Future, Callable[[], None]] = {}  # with what each one that ends makes possible
+
+        def train_run(arm: Arm | None, varied: Recipe, run: Path, span: Span, arms_of_seed=()) -> None:
+            def then() -> None:
+                trained.update()
+                for stage in judged_stages if arm is None else [arm.stage]:
+                    waiting[pool.submit(_judged, run, stage, data, judge, judged_by, threads)] = judged.update
+                for one in arms_of_seed:
+                    train_run(*one)
+
+            waiting[pool.submit(_train_quietly, varied, run, span, threads)] = then
+
+        of_seeds = [list(runs(seed)) for seed in seeds]
+        for own, *others in of_seeds:
+            train_run(*own, [one for one in others if one[-1].from_run is not None])
+        for _, *others in of_seeds:
+            for one in others:
+                if one[-1].from_run is None:
+                    train_run(*one)
+        while waiting:
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                then = waiting.pop(future)
+                future.result()
+                then()
 
     pairs = {}
-    for arm in tqdm(grid, desc="judging", unit="arm"):
-        runs = [(place("recipe", seed), place(arm.label, seed)) for seed in seeds]
-        pairs[arm.label] = [tuple(_judged(run, arm.stage, data, judge, judged_by) for run in pair) for pair in runs]
+    for arm in grid:
+        both = [(place("recipe", seed), place(arm.label, seed)) for seed in seeds]
+        pairs[arm.label] = [tuple(_judged(run, arm.stage, data, judge, judged_by, threads) for run in pair) for pair in both]
     text = report(pairs)
     (folder / "stages.json").write_text(json.dumps({"judged by": judged_by, "arms": pairs}, indent=1) + "\n")
     (folder / "stages.md").write_text(text + "\n", encoding="utf-8")
@@ -155,12 +186,11 @@ def _prepare(recipe: Recipe, folder: Path, grid: Sequence[Arm]) -> None:
         prepare_data(replace(recipe, tokenizer=tokenizer, data=other), folder)
 
 
-def _train_quietly(job: tuple[Recipe, Path, Span, int]) -> None:
+def _train_quietly(recipe: Recipe, run_folder: Path, span: Span, threads: int) -> None:
     import torch
 
     from minglm.train.trainer import train
 
-    recipe, run_folder, span, threads = job
     torch.set_num_threads(threads)
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / "log.txt").open("a", encoding="utf-8") as log:
@@ -168,13 +198,16 @@ def _train_quietly(job: tuple[Recipe, Path, Span, int]) -> None:
             train(recipe, run_folder, span=span)
 
 
-def _judged(run: Path, stage: str, data: Path, judge: Judge, judged_by: str) -> dict[str, float]:
+def _judged(run: Path, stage: str, data: Path, judge: Judge, judged_by: str, threads: int) -> dict[str, float]:
     """The judge's numbers on the end of a stage, kept in the run folder."""
     kept = run / f"judged-{stage}.json"
     if kept.is_file():
         known = json.loads(kept.read_text(encoding="utf-8"))
         if known["judged by"] == judged_by:
             return known["numbers"]
+    import torch
+
+    torch.set_num_threads(threads)
     numbers = dict(judge(RunFolder(run).stage_checkpoints()[stage], data))
     kept.write_text(json.dumps({"judged by": judged_by, "numbers": numbers}, indent=1) + "\n", encoding="utf-8")
     return numbers
