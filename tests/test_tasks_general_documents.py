@@ -63,7 +63,7 @@ def test_filler_holds_neither_digits_nor_towns_nor_passwords(seed):
 
 def test_towns_and_passwords_stand_nowhere_else():
     """Else a document could say two things of a town, or a question give a password away."""
-    assert len({*TOWNS, *WORDS}) == len(TOWNS) + len(WORDS) and len(WORDS) >= 100
+    assert len({*TOWNS, *WORDS}) == len(TOWNS) + len(WORDS) and len(WORDS) >= 20
     problem = needle_document(random.Random(0), 1_000, 0.5, needles=3, others=2)
     around = " ".join((*FILLER, problem.question, re.sub(FACT, "Password: .", problem.document)))
     assert not set(re.findall(r"\w+", around)) & ({*TOWNS, *WORDS} - set(problem.asked))
@@ -113,11 +113,11 @@ def test_needles_are_answered_with_each_town_and_its_password_in_the_order_asked
 
 
 def test_which_password_is_at_a_town_has_no_rule():
-    """All pairs are equally likely: of 4,000 problems on 40 towns and 110 words no pair comes more than some six times."""
+    """All pairs are equally likely: each of the 960 pairs of 40 towns and 24 words comes about four times in 4,000 problems."""
     rng = random.Random(7)
     pairs = [problem.facts[0] for problem in (needle_document(rng, 200, 0.5) for _ in range(4_000))]
     counts = Counter(pairs)
-    assert max(counts.values()) <= 8 and len(counts) > 0.55 * len(TOWNS) * len(WORDS)
+    assert max(counts.values()) <= 16 and len(counts) > 0.95 * len(TOWNS) * len(WORDS)
 
 
 def test_all_needles_of_a_document_are_asked_for_in_a_row():
@@ -145,7 +145,7 @@ def test_all_needles_of_a_document_are_asked_for_in_a_row():
         ((1_000, -0.1), "depth = -0.1"),
         ((40, 0.5), "facts alone have"),
         ((1_000, 0.5, 0), "needles = 0"),
-        ((9_000, 0.5, 2, len(TOWNS)), "at most 40 facts"),
+        ((9_000, 0.5, 2, len(WORDS)), "at most 24 facts"),
     ],
 )
 def test_documents_that_cannot_be_are_refused_with_the_reason(arguments, message):

@@ -24,9 +24,9 @@ DIALS = {
     3: (600, NEEDLES, 7),
     4: (1_200, (*NEEDLES, *NEEDLES, "count", "largest"), 10),
     5: (2_400, ALL_KINDS, 14),
-    6: (4_800, ALL_KINDS, 18),
-    7: (9_600, ALL_KINDS, 22),
-    8: (19_200, ALL_KINDS, 26),
+    6: (4_800, ALL_KINDS, 14),
+    7: (9_600, ALL_KINDS, 14),
+    8: (19_200, ALL_KINDS, 14),
 }
 
 
@@ -199,11 +199,11 @@ def needle_document(rng: random.Random, characters: int, depth: float, needles: 
         others: how many towns' passwords stand there, too, and are not asked for.
 
     Raises:
-        TaskError: a depth outside 0 to 1; too few characters; less than one needle, or more towns than there are.
+        TaskError: a depth outside 0 to 1; too few characters; less than one needle, or more facts than there are passwords.
     """
-    if needles < 1 or others < 0 or needles + others > len(TOWNS):
+    if needles < 1 or others < 0 or needles + others > len(WORDS):
         raise TaskError(
-            f"needles = {needles}, others = {others}: wanted at least one needle, and at most {len(TOWNS)} facts in all"
+            f"needles = {needles}, others = {others}: wanted at least one needle, and at most {len(WORDS)} facts in all"
         )
     return LongDocument._with_needles(rng, characters, depth, needles, others)
 

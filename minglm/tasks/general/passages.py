@@ -16,14 +16,11 @@ TOWNS = (
     "Galdor Hestia Imbros Jarmin Kolvar Lastra Mondal Nestor"
 ).split()
 
-# Passwords: words that are common in prose and programs, so that a small vocabulary has each as one token.
+# Passwords: words that are common in prose and programs, so that a small vocabulary has each as one token. They are few: to
+# copy any of them, a model learns one by one, and a small one learns to retrieve only after that.
 WORDS = (
     "string day number file command time text output object array node line option book path graph week class result key "
-    "module method song part language letter message tree edge table route page tuple menu square weather alarm order bread "
-    "room element source bed office kitchen stone attribute folder artist goal hand version format input axis capital point "
-    "lamp boat weight topic field home goods house character war bus shape test mode match item exception window people king "
-    "dictionary widget type parent root frame music timer bedroom mail notes double integer train plan float letters "
-    "size print third second red sum function log phone current value default reverse last odd short"
+    "module method song part"
 ).split()
 
 ADJECTIVES = "old young quiet grey green tired little brave slow kind".split()
