@@ -23,6 +23,8 @@ from minglm.train.device import choose_device
 from minglm.train.metrics import WALL_CLOCK, read_metrics
 from minglm.train.recipe import Hardware, Optimizer
 
+CONTEXT = 160  # enough for the families' problems
+
 
 @pytest.fixture
 def base(tmp_path):
@@ -36,7 +38,8 @@ def recipe_of(base, **changes) -> RLRecipe:
     values = {
         "tasks": Tasks({"arithmetic": (1, 2), "weekdays": (1,)}),
         "steps": 4,
-        "sampling": Sampling(group_size=2, groups=3, tokens=8, rounds=1),
+        "sampling": Sampling(group_size=2, groups=3, tokens=8, rounds=1, context=CONTEXT),
+        "tokens_at_once": 2 * CONTEXT,
         "objective": named("reinforce++"),
         "optimizer": Optimizer(learning_rate=1e-2, weight_decay=0.0),
         "evaluate_every": 2,
@@ -138,7 +141,7 @@ def test_another_recipe_does_not_go_on_with_this_ones_checkpoints(base, tmp_path
 
 def test_without_a_spread_nothing_is_learnt(base, tmp_path):
     """An untrained policy solves nothing: with dynamic sampling all groups are left out, and the weights stay."""
-    sampling = Sampling(group_size=2, groups=2, tokens=4, rounds=3)
+    sampling = Sampling(group_size=2, groups=2, tokens=4, rounds=3, context=CONTEXT)
     outcome = rl(recipe_of(base, steps=1, sampling=sampling, objective=Objective()), tmp_path / "run")
     (step,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "step"]
     assert step["rounds"] == 3 and step["groups_without_spread"] == 6 and step["trained_on"] == 0 and step["reward"] == 0
@@ -195,6 +198,7 @@ def test_the_gear_is_as_it_was_after_a_run(base, tmp_path):
 
 def test_the_command_trains_goes_on_and_says_what_is_missing(base, tmp_path, capsys):
     short = ["--steps", "1", "--evaluation-problems", "2", "--sampling.groups", "1", "--sampling.tokens", "4"]
+    short += ["--sampling.context", "500", "--tokens-at-once", "500"]
     run = tmp_path / "run"
     assert main(["rl", str(base), "--run-folder", str(run), *short, "--hardware.device", "cpu"]) == 0
     said = capsys.readouterr().out

@@ -20,63 +20,25 @@ from minglm.model import GLM, LossTotals
 from minglm.optim import MuonAdamW, build_optimizer
 from minglm.rl.advantages import Advantages, advantages
 from minglm.rl.algorithms import Tokens, count, policy_loss, value_loss
+from minglm.rl.critic import Critic
 from minglm.rl.objective import Objective
 from minglm.rl.rollout import Trajectory
+from minglm.rl.rows import Rows
 from minglm.train.device import Device
 from minglm.train.learner import Learner, update
 from minglm.train.recipe import Recipe
 
 
-class Rows(NamedTuple):
-    """Some trajectories as a micro-batch, all (b, t): the token at labels[i, j] was chosen behind input_ids[i, : j + 1]."""
+class Known(NamedTuple):
+    """A micro-batch, and what is known of it before the step: all else (b, t), constants for the gradient."""
 
-    input_ids: Tensor  # int64, padded with 0
-    labels: Tensor  # int64, -100 in the padding
-    document_ids: Tensor  # int32: 0, and -1 in the padding
-    sampled: Tensor  # bool: the policy chose this label
-    log_probs: Tensor  # fp32, the sampler's, where sampled
-
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], device: torch.device) -> "Rows":
-        b, t = len(trajectories), max(len(one.ids) for one in trajectories) - 1
-        rows = cls(
-            torch.zeros(b, t, dtype=torch.long),
-            torch.full((b, t), -100),
-            torch.full((b, t), -1, dtype=torch.int32),
-            torch.zeros(b, t, dtype=torch.bool),
-            torch.zeros(b, t),
-        )
-        for row, one in enumerate(trajectories):
-            n = len(one.ids) - 1
-            ids = torch.tensor(one.ids)
-            rows.input_ids[row, :n], rows.labels[row, :n] = ids[:-1], ids[1:]
-            rows.document_ids[row, :n] = 0
-            rows.sampled[row, :n] = torch.tensor(one.sampled[1:])
-            rows.log_probs[row, :n] = torch.tensor(one.log_probs[1:])
-        return cls(*(tensor.to(device) for tensor in rows))
-
-    @property
-    def sequence_ids(self) -> Tensor:
-        """(b * t,): the row of each token."""
-        b, t = self.labels.shape
-        return torch.arange(b, device=self.labels.device).repeat_interleave(t)
-
-
-class Critic(nn.Module):
-    """PPO's: a model of its own, from the policy's start, with a value in place of the head (1707.06347)."""
-
-    def __init__(self, folder: Path, device: torch.device):
-        super().__init__()
-        self.trunk = load_model(folder, device=device)
-        self.trunk.requires_grad_(True)
-        self.value = nn.Linear(self.trunk.config.hidden_size, 1, device=device)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
-
-    def forward(self, rows: Rows) -> Tensor:
-        """-> (b, t): what is expected before the label is chosen."""
-        hidden, _, _ = self.trunk.hidden_and_side_losses(rows.input_ids, rows.labels, rows.document_ids, detach_trunk=True)
-        return self.value(hidden)[..., 0]
+    rows: Rows
+    old: Tensor  # log-probabilities under the weights that the step starts from
+    reference: Tensor | None
+    values: Tensor | None  # the critic's
+    mask: Tensor  # bool: what counts
+    advantages: Tensor
+    returns: Tensor | None
 
 
 class StepNumbers(NamedTuple):
@@ -145,7 +107,7 @@ class PolicyLearner(Learner):
         return torch.zeros(rows.labels.shape, device=found.device).masked_scatter(rows.sampled, found)
 
     @torch.no_grad()
-    def _before(self, batches: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
+    def before(self, batches: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
         """Log-probabilities under the weights that the step starts from, of the reference, and values: each (b, t)."""
         self.model.eval()
         old = [self.log_probs(self.model, rows) for rows in batches]
@@ -165,41 +127,29 @@ class PolicyLearner(Learner):
         device = self.device.torch_device
         chosen = list(self.micro_batches(trajectories))
         batches = [Rows.of([trajectories[i] for i in indices], device) for indices in chosen]
-        old, reference, values = self._before(batches)
+        old, reference, values = self.before(batches)
         found = self._advantages(trajectories, groups, chosen, batches, old, reference, values)
 
-        stage, numbers = self.stage, torch.zeros(4, device=device)
-        total = sum(count(self.objective, mask.flatten(), r.sequence_ids) for mask, r in zip(found.mask, batches, strict=True))
+        numbers = torch.zeros(4, device=device)
+        known = [
+            Known(*each)
+            for each in zip(
+                batches,
+                old,
+                reference or [None] * len(batches),
+                values or [None] * len(batches),
+                found.mask,
+                found.tokens,
+                found.returns or [None] * len(batches),
+                strict=True,
+            )
+        ]
+        total = sum(count(self.objective, one.mask.flatten(), one.rows.sequence_ids) for one in known)
         targets = [self.model.count_targets(rows.labels, rows.document_ids) for rows in batches]
         totals = LossTotals(*torch.stack([torch.stack(each) for each in targets]).sum(0))
         for _ in range(self.passes):
-            for n, rows in enumerate(batches):
-                tokens = Tokens(
-                    found.mask[n].flatten(),
-                    rows.sequence_ids,
-                    old[n].flatten(),
-                    rows.log_probs.flatten(),
-                    None if reference is None else reference[n].flatten(),
-                )
-                hidden, mtp, balance = self.model.hidden_and_side_losses(
-                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
-                )
-                log_probs = self._of_labels(self.model, hidden, rows).flatten()
-                entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
-                loss = policy_loss(self.objective, log_probs, tokens, found.tokens[n].flatten(), total, entropies)
-                (loss.total + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
-                critic_loss = torch.zeros_like(loss.total)
-                if self.critic is not None:
-                    critic_loss = value_loss(
-                        self.objective,
-                        self.critic(rows).flatten(),
-                        values[n].flatten(),
-                        found.returns[n].flatten(),
-                        tokens,
-                        total,
-                    )
-                    critic_loss.backward()
-                numbers += torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach()
+            for one in known:
+                numbers += self.backward(one, total, totals)
             clip_norm = self.recipe.optimizer.clip_norm or math.inf
             norm = self._clip_gradients(clip_norm)
             update(self.optimizer, learning_rate_factor)
@@ -208,6 +158,31 @@ class PolicyLearner(Learner):
                 update(self.critic_optimizer, learning_rate_factor)
             self.model.update_router_bias(self.stage.router_bias_rate)
         return self._numbers(numbers / self.passes, norm, batches, old, found)
+
+    def backward(self, known: Known, total: Tensor, totals: LossTotals) -> Tensor:
+        """Add a micro-batch's gradients of all losses -> those of policy and critic, and the shares clipped and dropped, (4,)
+        fp32. total, totals: what the whole step counts, for the policy's loss and for the side losses."""
+        rows, stage = known.rows, self.stage
+        tokens = Tokens(
+            known.mask.flatten(),
+            rows.sequence_ids,
+            known.old.flatten(),
+            rows.log_probs.flatten(),
+            None if known.reference is None else known.reference.flatten(),
+        )
+        hidden, mtp, balance = self.model.hidden_and_side_losses(
+            rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
+        )
+        log_probs = self._of_labels(self.model, hidden, rows).flatten()
+        entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
+        loss = policy_loss(self.objective, log_probs, tokens, known.advantages.flatten(), total, entropies)
+        (loss.total + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
+        critic_loss = torch.zeros_like(loss.total)
+        if self.critic is not None:
+            values, returns = self.critic(rows).flatten(), known.returns.flatten()
+            critic_loss = value_loss(self.objective, values, known.values.flatten(), returns, tokens, total)
+            critic_loss.backward()
+        return torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach()
 
     def _advantages(self, trajectories, groups, chosen, batches, old, reference, values) -> Advantages:
         """Those of the whole step, with every tensor cut into the micro-batches again, each (b, t)."""
@@ -221,7 +196,7 @@ class PolicyLearner(Learner):
             starts.append(starts[-1] + len(indices))
         ids = torch.cat([rows.sequence_ids + start for rows, start in zip(batches, starts[:-1], strict=True)])
         order = [i for indices in chosen for i in indices]
-        rewards = torch.tensor([trajectories[i].verdict.reward for i in order], device=device)
+        rewards = torch.tensor([trajectories[i].verdict.reward for i in order], dtype=torch.float32, device=device)
         # Trajectories that were cut off are not worth what the critic expects of going on: cut off is an end with reward 0.
         tokens = Tokens(
             joined([rows.sampled for rows in batches]),

@@ -5,16 +5,12 @@ One process, and one set of weights: the engine samples with the very tensors th
 bit. Every draw is a function of the recipe's seed and the step, so that a run that was killed goes on as if it had not been.
 """
 
-import json
 import math
-import random
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +22,15 @@ from minglm.config import GLMConfig
 from minglm.data.sources import HELD_OUT
 from minglm.engine.engine import Engine
 from minglm.evals.interval import mean
-from minglm.rl.curriculum import Curriculum, Pool
+from minglm.rl.curriculum import Curriculum
 from minglm.rl.learner import PolicyLearner
-from minglm.rl.objective import SPREAD, formula
+from minglm.rl.objective import formula
 from minglm.rl.plots import plot_run
+from minglm.rl.practice import RLError, practise
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
-from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory, groups_of
+from minglm.rl.records import record_of, write_rollouts
+from minglm.rl.rehearsal import rehearse
+from minglm.rl.rollout import Asked, Limits, Rollouts
 from minglm.tasks import FAMILIES
 from minglm.tasks.task import problems
 from minglm.tokenizer import Tokenizer
@@ -41,22 +40,6 @@ from minglm.train.run_folder import RunFolder
 from minglm.train.state import read_state, write_state
 from minglm.train.stop import StopRequest
 from minglm.train.trainer import Outcome, TrainingDiverged
-
-
-class RLError(RuntimeError):
-    """A run that cannot go on: no attempt of a step has a verdict."""
-
-
-@dataclass
-class Practice:
-    """What a step has sampled: whole groups to train on, in order, the pool of each; and all attempts that have a verdict."""
-
-    trajectories: list[Trajectory] = field(default_factory=list)
-    pools: list[Pool] = field(default_factory=list)
-    judged: list[Trajectory] = field(default_factory=list)
-    rounds: int = 0
-    without_spread: int = 0  # groups that were left out for that
-    failed: int = 0  # attempts whose environment failed, left out with their groups
 
 
 def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> Outcome:
@@ -104,7 +87,13 @@ class Loop:
             self._restore(checkpoint)
         sampling = recipe.sampling
         self.limits = Limits(
-            sampling.tokens, sampling.turns, sampling.temperature, MODES[sampling.thinking], sampling.format_penalty
+            sampling.tokens,
+            sampling.turns,
+            sampling.temperature,
+            MODES[sampling.thinking],
+            sampling.format_penalty,
+            sampling.context,
+            sampling.environment_seconds,
         )
         self.engine = Engine(
             self.learner.model, tokenizer, gear=recipe.hardware.gear, max_running=sampling.groups * sampling.group_size
@@ -122,6 +111,9 @@ class Loop:
     def run(self, stop: StopRequest) -> Outcome:
         recipe = self.recipe
         self.start = time.perf_counter() - self.seconds_before
+        if self.step < recipe.steps:
+            samples = recipe.sampling.groups * recipe.sampling.group_size
+            print(f"rehearsed: {rehearse(self.learner, self.rollouts.context + 1, samples)}")
         stopped_by, reward = None, math.nan
         interval = 0.5 if sys.stderr.isatty() else 10
         with tqdm(total=recipe.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
@@ -144,13 +136,11 @@ class Loop:
         """Sample, verify, update. -> the mean reward of all that was sampled."""
         self.step += 1
         began = time.perf_counter()
-        practice = self.practise()
+        practice = practise(self.rollouts, self.curriculum, self.recipe.sampling, self.recipe.seed, self.step)
         sampled = time.perf_counter()
         record: dict[str, Any] = {"step": self.step, "kind": "step"}
-        if practice.trajectories:
-            size = self.recipe.sampling.group_size
-            groups = [number // size for number in range(len(practice.trajectories))]
-            numbers = self.learner.policy_step(practice.trajectories, groups)
+        if practice.kept:
+            numbers = self.learner.policy_step(practice.trajectories, practice.groups)
             bad = [key for key, value in numbers._asdict().items() if not math.isfinite(value)] or self.learner.bad_weights()
             if bad:
                 raise TrainingDiverged(
@@ -159,19 +149,8 @@ class Loop:
                 )
             record |= numbers._asdict()
         self.engine.weights_changed()  # in place: these are the learner's
-        everything = practice.judged
-        rewards = [one.verdict.reward for one in everything]
         record |= {
-            "reward": statistics.fmean(rewards),
-            "reward_by_family": _by_family(everything),
-            "length": statistics.fmean(one.length for one in everything),
-            "turns": statistics.fmean(one.turns for one in everything),
-            "ends": dict(Counter(one.end for one in everything)),
-            "attempts": len(everything),
-            "trained_on": len(practice.trajectories),
-            "rounds": practice.rounds,
-            "groups_without_spread": practice.without_spread,
-            "failed": practice.failed,
+            **record_of(practice),
             "curriculum_stage": self.curriculum.stage,
             "pass_rates": {f"{family} {level}": rate for (family, level), rate in self.curriculum.rates.items()},
             "seconds": self._seconds(),
@@ -179,79 +158,32 @@ class Loop:
             "update_seconds": time.perf_counter() - sampled,
         }
         self.metrics.write(record)
-        self.write_rollouts(everything)
+        write_rollouts([*practice.judged, *practice.failed], self.tokenizer, self.folder.path / "rollouts", self.step)
         return record["reward"]
 
-    def practise(self) -> Practice:
-        """Whole groups with a spread of rewards, as many as the recipe wants if rounds suffice."""
-        sampling, size = self.recipe.sampling, self.recipe.sampling.group_size
-        found, seen, drawn = Practice(), [], 0
-        while found.rounds < sampling.rounds and (missing := sampling.groups - len(found.pools)) > 0:
-            problems_now = self.curriculum.draw(self.step, drawn, missing)
-            asked = [
-                Asked(problem, random.Random(f"{self.recipe.seed} {self.step} {drawn + number} {attempt}").getrandbits(62))
-                for number, (_, problem) in enumerate(problems_now)
-                for attempt in range(size)
-            ]
-            drawn += missing
-            found.rounds += 1
-            attempts = self.rollouts.collect(asked)
-            for (pool, _), group in zip(problems_now, groups_of(attempts, size), strict=True):
-                failed = sum(one.verdict is None for one in group)
-                found.failed += failed
-                judged = [one for one in group if one.verdict is not None]
-                found.judged += judged
-                seen += [pool] * len(judged)
-                if failed:
-                    continue
-                rewards = [one.verdict.reward for one in group]
-                if max(rewards) - min(rewards) <= SPREAD and sampling.rounds > 1:
-                    found.without_spread += 1
-                    continue
-                found.trajectories += group
-                found.pools.append(pool)
-        if not found.judged:
-            raise RLError(
-                f"step {self.step}: the environments of all {found.failed} attempts failed; nothing was learnt or lost"
-            )
-        self.curriculum.learn(seen, [one.verdict.reward for one in found.judged])
-        return found
-
     def evaluate(self, bar: tqdm) -> None:
-        """Record the mean reward on held-out problems, one attempt each, with 95% intervals."""
-        asked = [Asked(problem, number) for number, problem in enumerate(self.held_out)]
-        attempts = [one for one in self.rollouts.collect(asked) if one.verdict is not None]
-        estimates = {"all": mean([one.verdict.reward for one in attempts])}
-        for family in self.recipe.tasks.levels:
-            own = [one.verdict.reward for one in attempts if one.problem.family == family]
-            estimates[family] = mean(own)
-        record = {name: [e.value, e.low, e.high] for name, e in estimates.items()}
-        ends = dict(Counter(one.end for one in attempts))
-        length = statistics.fmean(one.length for one in attempts)
-        self.metrics.write({"step": self.step, "kind": "held_out", "rewards": record, "length": length, "ends": ends})
-        shown = ", ".join(f"{name} {e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in estimates.items())
-        bar.write(f"step {self.step}: held-out reward {shown}")
-
-    def write_rollouts(self, trajectories: Sequence[Trajectory]) -> None:
-        """What was asked and answered, one attempt a line, in rollouts/step-N.jsonl."""
-        folder = self.folder.path / "rollouts"
-        folder.mkdir(exist_ok=True)
-        lines = (
-            json.dumps(
-                {
-                    "family": one.problem.family,
-                    "messages": one.problem.messages,
-                    "response": one.response,
-                    "text": self.tokenizer.decode(one.ids),
-                    "reward": one.verdict.reward,
-                    "reasons": one.verdict.reasons,
-                    "end": one.end,
-                },
-                ensure_ascii=False,
-            )
-            for one in trajectories
+        """Record the mean reward on held-out problems, one attempt each, with 95% intervals; families of which every attempt
+        has failed are left out. Raises RLError where all have."""
+        attempts = self.rollouts.collect([Asked(problem, number) for number, problem in enumerate(self.held_out)])
+        judged = [one for one in attempts if one.verdict is not None]
+        failures = Counter(str(one.failure) for one in attempts if one.failure is not None)
+        if not judged:
+            raise RLError(f"step {self.step}: all attempts at held-out problems have failed: {failures.most_common(1)[0][0]}")
+        rewards = {"all": [one.verdict.reward for one in judged]}
+        for one in judged:
+            rewards.setdefault(one.problem.family, []).append(one.verdict.reward)
+        estimates = {name: mean(own) for name, own in rewards.items()}
+        self.metrics.write(
+            {
+                "step": self.step,
+                "kind": "held_out",
+                "rewards": {name: [e.value, e.low, e.high] for name, e in estimates.items()},
+                "length": statistics.fmean(one.length for one in judged),
+                "ends": dict(Counter(one.end for one in judged)),
+                "failed": sum(failures.values()),
+            }
         )
-        (folder / f"step-{self.step}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        bar.write(f"step {self.step}: held-out reward {', '.join(f'{name} {e.text()}' for name, e in estimates.items())}")
 
     def save(self) -> None:
         with self.learner.writing(self.folder.checkpoint(self.step)) as aside:
@@ -272,10 +204,3 @@ class Loop:
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.start
-
-
-def _by_family(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    rewards: dict[str, list[float]] = {}
-    for one in trajectories:
-        rewards.setdefault(one.problem.family, []).append(one.verdict.reward)
-    return {family: statistics.fmean(own) for family, own in rewards.items()}

@@ -46,14 +46,21 @@ class Sampling:
     thinking: Literal["thinking", "non-thinking", "automatic"] = "thinking"
     format_penalty: bool = True
     """A call that cannot be read ends the episode at once, with reward 0 (report, section 3.2.4)."""
+    context: int | None = None
+    """Tokens of one attempt that the model reads, at most: prompt, turns, results of tools. By default the model's positions.
+    The longest sample, and with it the memory that training needs, hangs on it."""
+    environment_seconds: float = 300.0
+    """For the environment to answer a turn, verdict included. Later, the attempt has failed: it has no reward, not even 0."""
     rounds: int = 3
     """Dynamic sampling: problems whose attempts all have one reward are replaced by others, so many times at most; 1: never."""
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, "group_size", self.group_size, "2 or more: one attempt has nothing to be judged against")
-        for key in ("groups", "tokens", "turns", "rounds"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        for key in ("groups", "tokens", "turns", "rounds", "context"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "1 or more")
+        for key in ("temperature", "environment_seconds"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
 
 
 @dataclass(frozen=True)

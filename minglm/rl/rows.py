@@ -1,0 +1,44 @@
+"""Trajectories as a micro-batch of tensors: one a row, padded at the right."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minglm.rl.rollout import Trajectory
+
+
+class Rows(NamedTuple):
+    """Some trajectories as a micro-batch, all (b, t): the token at labels[i, j] was chosen behind input_ids[i, : j + 1]."""
+
+    input_ids: Tensor  # int64, padded with 0
+    labels: Tensor  # int64, -100 in the padding
+    document_ids: Tensor  # int32: 0, and -1 in the padding
+    sampled: Tensor  # bool: the policy chose this label
+    log_probs: Tensor  # fp32, the sampler's, where sampled
+
+    @classmethod
+    def of(cls, trajectories: Sequence[Trajectory], device: torch.device) -> "Rows":
+        b, t = len(trajectories), max(len(one.ids) for one in trajectories) - 1
+        rows = cls(
+            torch.zeros(b, t, dtype=torch.long),
+            torch.full((b, t), -100),
+            torch.full((b, t), -1, dtype=torch.int32),
+            torch.zeros(b, t, dtype=torch.bool),
+            torch.zeros(b, t),
+        )
+        for row, one in enumerate(trajectories):
+            n = len(one.ids) - 1
+            ids = torch.tensor(one.ids)
+            rows.input_ids[row, :n], rows.labels[row, :n] = ids[:-1], ids[1:]
+            rows.document_ids[row, :n] = 0
+            rows.sampled[row, :n] = torch.tensor(one.sampled[1:])
+            rows.log_probs[row, :n] = torch.tensor(one.log_probs[1:])
+        return cls(*(tensor.to(device) for tensor in rows))
+
+    @property
+    def sequence_ids(self) -> Tensor:
+        """(b * t,): the row of each token."""
+        b, t = self.labels.shape
+        return torch.arange(b, device=self.labels.device).repeat_interleave(t)
