@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_rl_rollout import CONFIG, TOKENIZER, Echo, collect, policy
 
 from minglm import ops
@@ -12,7 +14,7 @@ from minglm.__main__ import main
 from minglm.checkpoint import load_model, save_model
 from minglm.config import ConfigError, GLMConfig
 from minglm.evals.command import find_columns, first_length
-from minglm.rl.curriculum import WINDOW, Curriculum
+from minglm.rl.curriculum import MANY, WINDOW, Curriculum
 from minglm.rl.learner import PolicyLearner, Rows
 from minglm.rl.loop import rl
 from minglm.rl.objective import Objective, named
@@ -173,6 +175,27 @@ def test_moderate_problems_come_first_and_solved_hard_ones_when_the_reward_has_l
     for _ in range(3):
         curriculum.learn([HARD], [0.0])
     assert set(curriculum.chosen()) == {MIDDLE, HARD}
+    assert curriculum.record()["arithmetic 3"] == {"attempts": 34, "pass_rate": 1 / 34, "solved": 1, "standing": "hard"}
+    for _ in range(MANY):
+        curriculum.learn([HARD], [0.0])
+    assert curriculum.standing(HARD) == "hopeless" and curriculum.chosen() == [MIDDLE]  # its success was long ago
+
+
+@given(st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.5, 1.0]), max_size=700))
+def test_the_standing_of_a_pool_is_what_its_last_attempts_say(rewards):
+    curriculum = Curriculum(TASKS, 1)
+    for reward in rewards:
+        curriculum.learn([EASY], [reward])
+    recent = rewards[-64:]
+    rate = sum(recent) / len(recent) if recent else None
+    assert curriculum.rate(EASY) == pytest.approx(rate) and curriculum.attempts[EASY] == len(rewards)
+    standing = curriculum.standing(EASY)
+    if len(rewards) < 8:
+        assert standing == "unknown"
+    elif rate < 1 / 8:
+        assert standing == ("hard" if 1.0 in rewards[-512:] else "hopeless")
+    else:
+        assert standing == ("moderate" if rate <= 7 / 8 else "mastered")
 
 
 def test_while_the_reward_rises_the_stage_stays():

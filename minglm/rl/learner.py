@@ -103,7 +103,9 @@ class PolicyLearner(Learner):
 
     @staticmethod
     def _of_labels(model: GLM, hidden: Tensor, rows: Rows) -> Tensor:
-        found = ops.token_log_probs(hidden[rows.sampled], model.lm_head.weight, rows.labels[rows.sampled])
+        """At the temperature that they were sampled at: the policy in training is the one that sampled."""
+        temperatures = rows.temperatures[rows.sampled]
+        found = ops.token_log_probs(hidden[rows.sampled], model.lm_head.weight, rows.labels[rows.sampled], temperatures)
         return torch.zeros(rows.labels.shape, device=found.device).masked_scatter(rows.sampled, found)
 
     @torch.no_grad()
@@ -219,7 +221,8 @@ class PolicyLearner(Learner):
 
     def _entropies(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Of the distribution of each label that the policy chose, (b * t,) fp32; 0 elsewhere."""
-        log_probs = self.model.lm_head(hidden[rows.sampled]).float().log_softmax(-1)
+        logits = self.model.lm_head(hidden[rows.sampled]).float() / rows.temperatures[rows.sampled][:, None]
+        log_probs = logits.log_softmax(-1)
         found = -(log_probs.exp() * log_probs).sum(-1)
         return torch.zeros(rows.labels.shape, device=found.device).masked_scatter(rows.sampled, found).flatten()
 

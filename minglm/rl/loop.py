@@ -6,11 +6,10 @@ bit. Every draw is a function of the recipe's seed and the step, so that a run t
 """
 
 import math
-import statistics
 import sys
 import time
-from collections import Counter
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,19 @@ from tqdm import tqdm
 from minglm import ops
 from minglm.chat import MODES
 from minglm.config import GLMConfig
-from minglm.data.sources import HELD_OUT
 from minglm.engine.engine import Engine
-from minglm.evals.interval import mean
+from minglm.rl.browser import write_browser
 from minglm.rl.curriculum import Curriculum
+from minglm.rl.held_out import attempt_held_out, set_aside
 from minglm.rl.learner import PolicyLearner
 from minglm.rl.objective import formula
 from minglm.rl.plots import plot_run
-from minglm.rl.practice import RLError, practise
+from minglm.rl.practice import practise
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
 from minglm.rl.records import record_of, write_rollouts
 from minglm.rl.rehearsal import rehearse
-from minglm.rl.rollout import Asked, Limits, Rollouts
-from minglm.tasks import FAMILIES
-from minglm.tasks.task import problems
+from minglm.rl.rollout import Limits, Rollouts
+from minglm.rl.temperature import Temperature
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import Device, choose_device
 from minglm.train.metrics import MetricsFile, read_metrics
@@ -81,13 +79,14 @@ class Loop:
             recipe.objective, training, config, device, base, checkpoint, recipe.tokens_at_once, recipe.passes
         )
         self.curriculum = Curriculum(recipe.tasks, recipe.seed)
+        self.temperature = Temperature(recipe.sampling)
         self.step, self.seconds_before = 0, 0.0
         self.metrics = MetricsFile(folder.metrics)
         if checkpoint is not None:
             self._restore(checkpoint)
         sampling = recipe.sampling
         self.limits = Limits(
-            sampling.tokens,
+            max(sampling.stages),
             sampling.turns,
             sampling.temperature,
             MODES[sampling.thinking],
@@ -100,13 +99,7 @@ class Loop:
         )
         self.engine.weights_version = self.step  # counts steps, also over a resumption
         self.rollouts = Rollouts(self.engine, tokenizer, self.limits)
-        self.held_out = [
-            problem
-            for family, levels in recipe.tasks.levels.items()
-            for _, problem in zip(
-                range(recipe.evaluation_problems), problems(FAMILIES[family], HELD_OUT, recipe.seed, levels), strict=False
-            )
-        ]
+        self.held_out, self.validation = set_aside(recipe)
 
     def run(self, stop: StopRequest) -> Outcome:
         recipe = self.recipe
@@ -130,12 +123,15 @@ class Loop:
                 stopped_by = None if last else stop.signal
                 if last or stopped_by is not None or self.step % recipe.checkpoint_every == 0:
                     self.save()
+        write_browser(self.folder.path)
         return Outcome(self.step, self.folder.checkpoint(self.step), stopped_by)
 
     def train_step(self) -> float:
         """Sample, verify, update. -> the mean reward of all that was sampled."""
         self.step += 1
         began = time.perf_counter()
+        tokens, temperature = self.recipe.sampling.tokens_at(self.step, self.recipe.steps), self.temperature.value
+        self.rollouts.limits = replace(self.limits, tokens=tokens, temperature=temperature)
         practice = practise(self.rollouts, self.curriculum, self.recipe.sampling, self.recipe.seed, self.step)
         sampled = time.perf_counter()
         record: dict[str, Any] = {"step": self.step, "kind": "step"}
@@ -151,45 +147,47 @@ class Loop:
         self.engine.weights_changed()  # in place: these are the learner's
         record |= {
             **record_of(practice),
+            "tokens": tokens,
+            "temperature": temperature,
             "curriculum_stage": self.curriculum.stage,
-            "pass_rates": {f"{family} {level}": rate for (family, level), rate in self.curriculum.rates.items()},
+            "curriculum": self.curriculum.record(),
             "seconds": self._seconds(),
             "sampling_seconds": sampled - began,
             "update_seconds": time.perf_counter() - sampled,
         }
         self.metrics.write(record)
         write_rollouts([*practice.judged, *practice.failed], self.tokenizer, self.folder.path / "rollouts", self.step)
+        if self.temperature.learn(record["reward"]):
+            self.choose_temperature()
         return record["reward"]
 
     def evaluate(self, bar: tqdm) -> None:
-        """Record the mean reward on held-out problems, one attempt each, with 95% intervals; families of which every attempt
-        has failed are left out. Raises RLError where all have."""
-        attempts = self.rollouts.collect([Asked(problem, number) for number, problem in enumerate(self.held_out)])
-        judged = [one for one in attempts if one.verdict is not None]
-        failures = Counter(str(one.failure) for one in attempts if one.failure is not None)
-        if not judged:
-            raise RLError(f"step {self.step}: all attempts at held-out problems have failed: {failures.most_common(1)[0][0]}")
-        rewards = {"all": [one.verdict.reward for one in judged]}
-        for one in judged:
-            rewards.setdefault(one.problem.family, []).append(one.verdict.reward)
-        estimates = {name: mean(own) for name, own in rewards.items()}
-        self.metrics.write(
-            {
-                "step": self.step,
-                "kind": "held_out",
-                "rewards": {name: [e.value, e.low, e.high] for name, e in estimates.items()},
-                "length": statistics.fmean(one.length for one in judged),
-                "ends": dict(Counter(one.end for one in judged)),
-                "failed": sum(failures.values()),
-            }
-        )
-        bar.write(f"step {self.step}: held-out reward {', '.join(f'{name} {e.text()}' for name, e in estimates.items())}")
+        """Record the reward on held-out problems, always at the recipe's temperature and full length."""
+        self.rollouts.limits = self.limits
+        found = attempt_held_out(self.rollouts, self.held_out)
+        self.metrics.write({"step": self.step, "kind": "held_out", **found.record()})
+        bar.write(f"step {self.step}: held-out reward {found}")
+
+    def choose_temperature(self) -> None:
+        """For the steps to come, by the reward on problems set aside at each temperature there is to choose."""
+        found = {}
+        for value in self.temperature.choices:
+            self.rollouts.limits = replace(self.limits, temperature=value)
+            found[value] = attempt_held_out(self.rollouts, self.validation).rewards["all"]
+        self.temperature.choose({value: estimate.value for value, estimate in found.items()})
+        rewards = [[value, e.value, e.low, e.high] for value, e in found.items()]
+        self.metrics.write({"step": self.step, "kind": "temperature", "rewards": rewards, "chosen": self.temperature.value})
 
     def save(self) -> None:
         with self.learner.writing(self.folder.checkpoint(self.step)) as aside:
             state = self.learner.save(aside)
             self.tokenizer.save_pretrained(aside)
-            own = {"step": self.step, "seconds": self._seconds(), "curriculum": self.curriculum.state_dict()}
+            own = {
+                "step": self.step,
+                "seconds": self._seconds(),
+                "curriculum": self.curriculum.state_dict(),
+                "temperature": self.temperature.state_dict(),
+            }
             write_state({**state, **own}, aside)
         self.folder.prune(self.recipe.keep)
         plot_run(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
@@ -199,6 +197,7 @@ class Loop:
         self.step, self.seconds_before = state["step"], state["seconds"]
         self.learner.load(checkpoint, state)
         self.curriculum.load_state_dict(state["curriculum"])
+        self.temperature.load_state_dict(state["temperature"])
         self.metrics.cut_back(self.step)
         print(f"resuming: {checkpoint}")
 

@@ -38,11 +38,16 @@ class Sampling:
     """Attempts at one problem."""
     groups: int = 16
     """Problems of a step."""
-    tokens: int = 128
-    """Of one turn, at most. The same from the first step to the last: growing it made models unlearn long outputs."""
+    tokens: int | tuple[int, ...] = 128
+    """Of one turn, at most. The same from the first step to the last: growing it made models unlearn long outputs (report,
+    section 3.2). Several, such as [32, 64, 128]: stages, each for an equal share of the steps."""
     turns: int = 8
     """Of one attempt, at most."""
     temperature: float = 1.0
+    """Of attempts, in training from the first step on, and at held-out problems always."""
+    temperatures: tuple[float, ...] = ()
+    """Dynamic temperature, such as [1.0, 1.1, 1.2, 1.3]: when the reward has levelled off, the highest of these whose reward
+    on problems set aside is within 1% of the best one's (report, section 3.2). None: the temperature never changes."""
     thinking: Literal["thinking", "non-thinking", "automatic"] = "thinking"
     format_penalty: bool = True
     """A call that cannot be read ends the episode at once, with reward 0 (report, section 3.2.4)."""
@@ -56,11 +61,22 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, "group_size", self.group_size, "2 or more: one attempt has nothing to be judged against")
-        for key in ("groups", "tokens", "turns", "rounds", "context"):
+        require(bool(self.stages) and min(self.stages) >= 1, "tokens", self.tokens, "1 or more")
+        require(all(value > 0 for value in self.temperatures), "temperatures", self.temperatures, "each above 0")
+        for key in ("groups", "turns", "rounds", "context"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "1 or more")
         for key in ("temperature", "environment_seconds"):
             require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """`tokens`, one after the other."""
+        return (self.tokens,) if isinstance(self.tokens, int) else self.tokens
+
+    def tokens_at(self, step: int, steps: int) -> int:
+        """Of one turn, in a step (1 to `steps`)."""
+        return self.stages[(step - 1) * len(self.stages) // steps]
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ left no room for an answer."""
 class Trajectory:
     """One attempt at a problem. `ids` are everything, the prompt first; the other lists are as long.
 
-    sampled: which ids the policy chose. log_probs: of these under the policy that chose them, temperature 1, natural
+    sampled: which ids the policy chose. log_probs: of these under the policy that chose them, at `temperature`, natural
     logarithm; 0 elsewhere. versions: of the policy's weights; -1 elsewhere. verdict is None where the attempt has failed, by
     no fault of the policy's, and failure says why: it has no reward, which is not a reward of 0.
     """
@@ -42,6 +42,7 @@ class Trajectory:
     verdict: Verdict | None = None
     end: End = "done"
     failure: Failure | None = None
+    temperature: float = 1.0
 
     @property
     def length(self) -> int:
@@ -145,7 +146,7 @@ class _Attempt:
     def __init__(self, rollouts: Rollouts, problem: Problem, seed: int):
         self.rollouts, self.problem, self.seed = rollouts, problem, seed
         self.environment = Environment(problem)
-        self.trajectory = Trajectory(problem, [], [], [], [])
+        self.trajectory = Trajectory(problem, [], [], [], [], temperature=rollouts.limits.temperature)
         self._append(rollouts._render(problem.messages, problem))
         self.text, self.finish = "", ""
 
@@ -168,6 +169,7 @@ class _Attempt:
                 seed=self.seed,
                 max_tokens=min(limits.tokens, self._room),
                 logprobs=0,
+                at_temperature=True,
             ),
         )
 

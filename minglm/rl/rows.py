@@ -17,6 +17,7 @@ class Rows(NamedTuple):
     document_ids: Tensor  # int32: 0, and -1 in the padding
     sampled: Tensor  # bool: the policy chose this label
     log_probs: Tensor  # fp32, the sampler's, where sampled
+    temperatures: Tensor  # fp32: what the policy was sampled at, and is trained at
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], device: torch.device) -> "Rows":
@@ -27,6 +28,7 @@ class Rows(NamedTuple):
             torch.full((b, t), -1, dtype=torch.int32),
             torch.zeros(b, t, dtype=torch.bool),
             torch.zeros(b, t),
+            torch.ones(b, t),
         )
         for row, one in enumerate(trajectories):
             n = len(one.ids) - 1
@@ -35,6 +37,7 @@ class Rows(NamedTuple):
             rows.document_ids[row, :n] = 0
             rows.sampled[row, :n] = torch.tensor(one.sampled[1:])
             rows.log_probs[row, :n] = torch.tensor(one.log_probs[1:])
+            rows.temperatures[row] = one.temperature
         return cls(*(tensor.to(device) for tensor in rows))
 
     @property
