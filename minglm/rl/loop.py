@@ -26,6 +26,7 @@ from minglm.rl.learner import PolicyLearner
 from minglm.rl.objective import formula
 from minglm.rl.plots import plot_run
 from minglm.rl.practice import practise
+from minglm.rl.quantised import fp8_copy, fp8_state
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
 from minglm.rl.records import record_of, write_rollouts
 from minglm.rl.rehearsal import rehearse
@@ -76,7 +77,15 @@ class Loop:
         self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
         training = recipe.as_training(config)
         self.learner = PolicyLearner(
-            recipe.objective, training, config, device, base, checkpoint, recipe.tokens_at_once, recipe.passes
+            recipe.objective,
+            training,
+            config,
+            device,
+            base,
+            checkpoint,
+            recipe.tokens_at_once,
+            recipe.passes,
+            recipe.routing_replay,
         )
         self.curriculum = Curriculum(recipe.tasks, recipe.seed)
         self.temperature = Temperature(recipe.sampling)
@@ -95,10 +104,14 @@ class Loop:
             sampling.environment_seconds,
         )
         self.engine = Engine(
-            self.learner.model, tokenizer, gear=recipe.hardware.gear, max_running=sampling.groups * sampling.group_size
+            fp8_copy(self.learner.model) if sampling.precision == "fp8" else self.learner.model,
+            tokenizer,
+            gear=recipe.hardware.gear,
+            max_running=sampling.groups * sampling.group_size,
         )
         self.engine.weights_version = self.step  # counts steps, also over a resumption
-        self.rollouts = Rollouts(self.engine, tokenizer, self.limits)
+        compares_routing = recipe.routing_replay == "R3" or sampling.precision == "fp8"
+        self.rollouts = Rollouts(self.engine, tokenizer, self.limits, compares_routing)
         self.held_out, self.validation = set_aside(recipe)
 
     def run(self, stop: StopRequest) -> Outcome:
@@ -136,7 +149,7 @@ class Loop:
         sampled = time.perf_counter()
         record: dict[str, Any] = {"step": self.step, "kind": "step"}
         if practice.kept:
-            numbers = self.learner.policy_step(practice.trajectories, practice.groups)
+            numbers = self.learner.policy_step(practice.trajectories, practice.groups, version=self.engine.weights_version)
             bad = [key for key, value in numbers._asdict().items() if not math.isfinite(value)] or self.learner.bad_weights()
             if bad:
                 raise TrainingDiverged(
@@ -144,7 +157,10 @@ class Loop:
                     f"{self.folder.newest_checkpoint()}; a lower optimizer.learning_rate may help, in another run folder"
                 )
             record |= numbers._asdict()
-        self.engine.weights_changed()  # in place: these are the learner's
+        if self.recipe.sampling.precision == "fp8":
+            self.engine.update_weights(fp8_state(self.learner.model))
+        else:
+            self.engine.weights_changed()  # in place: these are the learner's
         record |= {
             **record_of(practice),
             "tokens": tokens,

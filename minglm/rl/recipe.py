@@ -56,6 +56,10 @@ class Sampling:
     The longest sample, and with it the memory that training needs, hangs on it."""
     environment_seconds: float = 300.0
     """For the environment to answer a turn, verdict included. Later, the attempt has failed: it has no reward, not even 0."""
+    precision: Literal["same", "fp8"] = "same"
+    """fp8: the sampler has a copy of the policy whose linear layers have gone through FP8 in blocks of 128 x 128, emulated
+    (report, section 3.5), which is what held-out problems judge, too. The gap that this makes is recorded;
+    objective.importance and routing_replay are what helps."""
     rounds: int = 3
     """Dynamic sampling: problems whose attempts all have one reward are replaced by others, so many times at most; 1: never."""
 
@@ -93,6 +97,9 @@ class RLRecipe:
     objective: Objective = field(default_factory=Objective)
     passes: int = 1
     """Optimiser steps on the trajectories of one step; with more than one the objective's clip has something to do."""
+    routing_replay: Literal["none", "R2", "R3"] = "none"
+    """Tokens go in training to the experts that were chosen for them before: R2, by the trainer's pass before the first update
+    of a step; R3, by the sampler."""
     tokens_at_once: int = 8192
     """Of a micro-batch, padding included. Bounds the memory, changes nothing else."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=3e-4, weight_decay=0.0))

@@ -93,8 +93,14 @@ def _micro_batch(learner: PolicyLearner, b: int, t: int) -> None:
     ids = torch.arange(b * (t + 1), device=device).view(b, t + 1) % learner.model.config.vocab_size
     own = torch.ones(b, t, dtype=torch.bool, device=device)
     zeros = torch.zeros(b, t, device=device)
-    rows = Rows(ids[:, :-1], ids[:, 1:], zeros.int(), own, zeros, zeros + 1)
-    (old,), reference, values = learner.before([rows])
-    known = Known(rows, old, reference and reference[0], values and values[0], own, zeros + 1, zeros)
+    rows = Rows(ids[:, :-1], ids[:, 1:], zeros.int(), own, zeros, zeros + 1, zeros.long())
+    if learner.routing_replay == "R3":
+        with torch.no_grad():
+            rows = rows._replace(experts=learner.model.hidden_and_experts(rows.input_ids)[1])
+    before = learner.before([rows])
+    reference, values = before.reference, before.values
+    known = Known(
+        rows, before.replayed[0], before.old[0], reference and reference[0], values and values[0], own, zeros + 1, zeros
+    )
     totals = LossTotals(*learner.model.count_targets(rows.labels, rows.document_ids))
     learner.backward(known, count(learner.objective, own.flatten(), rows.sequence_ids), totals)

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from minglm.chat import ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
@@ -43,6 +46,7 @@ class Trajectory:
     end: End = "done"
     failure: Failure | None = None
     temperature: float = 1.0
+    experts: Tensor | None = None  # of the sampler, (len(ids) - 1, MoE layers, K) int16: the last id is never read; if recorded
 
     @property
     def length(self) -> int:
@@ -92,8 +96,9 @@ class Rollouts:
     have: so what is computed together, and with it every bit, does not depend on who was faster.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits):
-        self.engine, self.tokenizer, self.limits = engine, tokenizer, limits
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, records_experts: bool = False):
+        """records_experts: keep which experts each token went to. Prompts are then computed for each attempt anew."""
+        self.engine, self.tokenizer, self.limits, self.records_experts = engine, tokenizer, limits, records_experts
         self.environments = Environments(limits.seconds)
 
     @property
@@ -149,6 +154,7 @@ class _Attempt:
         self.trajectory = Trajectory(problem, [], [], [], [], temperature=rollouts.limits.temperature)
         self._append(rollouts._render(problem.messages, problem))
         self.text, self.finish = "", ""
+        self.experts: list[Tensor] = []  # of this turn, from the first id on
 
     def has_room(self) -> bool:
         """For an answer to the problem; without, the attempt has failed before it began."""
@@ -160,7 +166,7 @@ class _Attempt:
     def ask(self) -> int:
         """Queue the next turn -> the id of the request."""
         limits = self.rollouts.limits
-        self.text = ""
+        self.text, self.experts = "", []
         return self.rollouts.engine.add(
             self.trajectory.ids,
             SamplingParams(
@@ -170,6 +176,7 @@ class _Attempt:
                 max_tokens=min(limits.tokens, self._room),
                 logprobs=0,
                 at_temperature=True,
+                return_experts=self.rollouts.records_experts,
             ),
         )
 
@@ -181,11 +188,17 @@ class _Attempt:
         version = self.rollouts.engine.weights_version
         self._append(output.new_ids, output.logprobs, version)
         self.text += output.text
+        if output.experts is not None:
+            self.experts.append(output.experts.to(torch.int16))
         self.finish = output.finish_reason or ""
 
     def end_turn(self) -> Callable[[], Answer | Failure] | None:
         """The policy has spoken -> what to ask the environment; None if the attempt has ended without it."""
         trajectory, tools, limits = self.trajectory, self.problem.tools, self.rollouts.limits
+        if self.experts:  # earlier turns are computed again, but what was sampled then has seen the experts of then
+            known = trajectory.experts
+            parts = self.experts if known is None else [known, torch.cat(self.experts)[len(known) :]]
+            trajectory.experts = torch.cat(parts)
         if self.finish == "length":
             return self._lose("length", "cut off")
         try:
