@@ -480,6 +480,7 @@ to try next:
 
 
 def run_rl(command: RL) -> int:
+    from minglm.evals.interval import Estimate
     from minglm.rl.loop import rl
     from minglm.train.metrics import read_metrics
     from minglm.train.run_folder import RunFolder
@@ -491,7 +492,7 @@ def run_rl(command: RL) -> int:
     if outcome.stopped_by is not None:
         return _stopped(outcome, f"rl --recipe {run.config}")
     held_out = [record["rewards"]["all"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
-    first, last = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (held_out[0], held_out[-1]))
+    first, last = (Estimate(*reward, count=0).text() for reward in (held_out[0], held_out[-1]))
     print(f"""
 held-out problems: reward from {first} to {last}, 95% intervals
 

@@ -1,8 +1,9 @@
 """Reinforcement learning, synchronous and colocated: sample, verify, advantages, loss, update, and again.
 
 One process, and one set of weights: the engine samples with the very tensors that the step has changed, so nothing is pushed
-(slime's synchronous mode, report, section 3.5). In the exact gear the trainer finds the sampler's log-probabilities to the
-bit. Every draw is a function of the recipe's seed and the step, so that a run that was killed goes on as if it had not been.
+(slime's synchronous mode, report, section 3.5), unless the sampler is to have a copy in FP8. In the exact gear the trainer
+finds the sampler's log-probabilities to the bit. Every draw is a function of the recipe's seed and the step, so that a run
+that was killed goes on as if it had not been.
 """
 
 import math
@@ -62,7 +63,7 @@ def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> O
 
 
 class Loop:
-    """One run: the policy, the engine that samples from it, the curriculum, and the steps done so far."""
+    """One run: the policy, the engine that samples from it, curriculum and temperature, and the steps done so far."""
 
     def __init__(
         self,
@@ -205,6 +206,8 @@ class Loop:
                 "temperature": self.temperature.state_dict(),
             }
             write_state({**state, **own}, aside)
+        # As a run that goes on from here begins: prefixes that held-out problems have left would change last bits.
+        self.engine.blocks.forget_prefixes()
         self.folder.prune(self.recipe.keep)
         plot_run(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
 
