@@ -143,7 +143,7 @@ class AblateRL:
     recipe_file: Annotated[str, arg(name="recipe")] = "nano"
     """nano or a path."""
     arms: tuple[Literal["curriculum", "dynamic_sampling", "aggregation", "length", "format_penalty", "temperature"], ...] = ()
-    """Which parts (by default all)."""
+    """Which parts (by default all; format_penalty needs a family with tools)."""
     vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Instead of parts: table.key=value,value,... as in the recipe; may be given several times. A single value is for all."""
     seeds: tuple[int, ...] = (1, 2, 3)

@@ -7,13 +7,13 @@ import pytest
 from test_rl_loop import CONTEXT, base, recipe_of  # noqa: F401 (a fixture)
 
 from minglm.config import ConfigError
-from minglm.rl.ablation import AS_IT_IS, RunResult, ablate_rl, one_by_one, report
+from minglm.rl.ablation import AS_IT_IS, RunResult, ablate_rl, missing, one_by_one, report
 from minglm.rl.objective import Objective
 from minglm.rl.recipe import RLRecipe, Sampling, Tasks
 from minglm.train.ablation import parse_variation, variants, with_value
 from minglm.train.recipe import differences
 
-RECIPE = RLRecipe(Tasks({"ordering": (1, 2)}), steps=10)
+RECIPE = RLRecipe(Tasks({"ordering": (1, 2), "function_calling": (1,)}), steps=10)
 ALL = ("curriculum", "dynamic_sampling", "aggregation", "length", "format_penalty", "temperature")
 
 
@@ -31,8 +31,12 @@ def test_an_arm_turns_one_part_and_turning_it_again_gives_the_recipe_back():
 
 def test_what_has_no_other_way_is_refused():
     constant = with_value(RECIPE, "objective", Objective(aggregation="constant", fixed_length=8))
-    with pytest.raises(ConfigError, match="objective.aggregation = 'constant'"):
+    with pytest.raises(ConfigError, match="arm aggregation: objective.aggregation = 'constant'"):
         one_by_one(constant, ["aggregation"])
+    without_tools = with_value(RECIPE, "tasks", Tasks({"ordering": (1,)}))
+    assert list(missing(without_tools)) == ["format_penalty"] and not missing(RECIPE)
+    with pytest.raises(ConfigError, match="arm format_penalty: tasks.levels: no family has tools"):
+        one_by_one(without_tools, ALL)
     with pytest.raises(ConfigError, match="found --vary and --arms"):
         ablate_rl(RECIPE, ("passes=1,2",), ("length",), (1,), "nowhere")
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import pytest
 from test_rl_loop import base, recipe_of  # noqa: F401 (a fixture)
-from test_rl_rollout import Echo, EchoEpisode, collect
+from test_rl_rollout import TOKENIZER, Echo, EchoEpisode, collect, policy
 
+from minglm.engine.engine import Engine
+from minglm.rl.curriculum import Curriculum
 from minglm.rl.environment import AT_A_TIME, Answer, Environment, Environments, Failure, HangingEnvironments
 from minglm.rl.loop import rl
-from minglm.rl.practice import RLError
+from minglm.rl.practice import RLError, practise
 from minglm.rl.recipe import Sampling, Tasks
-from minglm.rl.rollout import Limits
+from minglm.rl.rollout import Limits, Rollouts
 from minglm.tasks import FAMILIES
 from minglm.tasks.task import TaskError, Verdict
 from minglm.train.metrics import read_metrics
@@ -127,7 +129,11 @@ def test_failures_are_counted_in_the_metrics_and_written_down_without_a_reward(b
     assert failed[0]["reasons"] == ["TaskError: the gold answer is no number"]
 
 
-def test_a_step_in_which_all_attempts_fail_ends_the_run_and_says_why(base, tmp_path):  # noqa: F811
+def test_where_all_attempts_fail_the_run_ends_and_says_why(base, tmp_path):  # noqa: F811
     sampling = Sampling(group_size=2, groups=2, tokens=4, context=2)
-    with pytest.raises(RLError, match="failed: context: the problem's .* leave no room"):
-        rl(recipe_of(base, sampling=sampling), tmp_path / "run")
+    recipe = recipe_of(base, sampling=sampling)
+    with pytest.raises(RLError, match="held-out problems have failed, one of them by context: the problem's .* leave no room"):
+        rl(recipe, tmp_path / "run")
+    rollouts = Rollouts(Engine(policy(), TOKENIZER), TOKENIZER, Limits(context=2))
+    with pytest.raises(RLError, match="step 5: all 12 attempts have failed, .* Most often: context: the problem's"):
+        practise(rollouts, Curriculum(recipe.tasks, 1), sampling, 1, 5)

@@ -9,6 +9,7 @@ seed. Every number comes with its 95% interval over seeds. Killed, the same comm
 """
 
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,6 +22,7 @@ from minglm.config import ConfigError
 from minglm.evals.interval import mean
 from minglm.rl.loop import rl
 from minglm.rl.recipe import RLRecipe, resolve_base
+from minglm.tasks import FAMILIES
 from minglm.train.ablation import run_grid, variants, with_value
 from minglm.train.plots import STYLE
 
@@ -39,14 +41,28 @@ class RunResult(NamedTuple):
         return self.end - self.start
 
 
+def missing(recipe: RLRecipe) -> dict[Arm, str]:
+    """Arms that a recipe cannot have, and what they lack."""
+    found: dict[Arm, str] = {}
+    pools = [(FAMILIES[family], level) for family, levels in recipe.tasks.levels.items() for level in levels]
+    if not any(family.sample(random.Random(0), level).tools for family, level in pools):
+        found["format_penalty"] = "tasks.levels: no family has tools, so that there is no call to be malformed; wanted one"
+    if recipe.objective.aggregation == "constant":
+        found["aggregation"] = (
+            "objective.aggregation = 'constant': wanted 'token' or 'sequence', between which the arm compares"
+        )
+    return found
+
+
 def one_by_one(recipe: RLRecipe, arms: Sequence[Arm]) -> dict[str, RLRecipe]:
     """The recipe as it is, and for each arm that with this one part turned the other way: off where it is on, and the reverse.
 
-    Raises ConfigError for aggregation "constant", of which there is no other way.
+    Raises ConfigError for arms that are `missing`.
     """
     sampling, objective = recipe.sampling, recipe.objective
-    if "aggregation" in arms and objective.aggregation == "constant":
-        raise ConfigError("objective.aggregation = 'constant': wanted 'token' or 'sequence', between which the arm compares")
+    for arm, lack in missing(recipe).items():
+        if arm in arms:
+            raise ConfigError(f"arm {arm}: {lack}")
     full, hot = max(sampling.stages), sampling.temperature
     staged = (max(1, full // 4), max(1, full // 2), full)
     turned: dict[Arm, tuple[str, Any]] = {
@@ -77,7 +93,8 @@ def ablate_rl(
     workers: int = 1,
     run: Callable[[RLRecipe, str], Any] = rl,
 ) -> str:
-    """Every combination of the variations' values, or, without any, the arms one by one (none: all). -> a Markdown table.
+    """Every combination of the variations' values, or, without any, the arms one by one (none: all that the recipe can have).
+    -> a Markdown table.
 
     Writes it as `ablation.md`, with `results.json` and `curves.png`, into `folder`; the runs lie beside them. Raises
     ConfigError for both variations and arms, and for what a recipe cannot be.
@@ -85,7 +102,10 @@ def ablate_rl(
     if variations and arms:
         raise ConfigError("ablate-rl: found --vary and --arms; wanted one of them")
     recipe, folder = resolve_base(recipe), Path(folder).resolve()
-    grid = variants(recipe, variations) if variations else one_by_one(recipe, arms or get_args(Arm))
+    if variations:
+        grid = variants(recipe, variations)
+    else:
+        grid = one_by_one(recipe, arms or [arm for arm in get_args(Arm) if arm not in missing(recipe)])
     folder.mkdir(parents=True, exist_ok=True)
     metrics = run_grid(run, grid, seeds, folder, workers)
     results = {label: [_result(records) for records in runs] for label, runs in metrics.items()}
