@@ -133,6 +133,27 @@ class RL:
 
 
 @dataclass(frozen=True)
+class AblateRL:
+    """Does it help in RL? Each part of the report's recipe turned off (or on) by itself, or every combination of some values,
+    over several seeds, by the reward on held-out problems with 95% intervals. Killed, the same command goes on.
+    """
+
+    base: Annotated[Positional[Path], arg(metavar="BASE")]
+    """The policy to start from: a run folder, or a Hugging Face folder with its tokenizer."""
+    recipe_file: Annotated[str, arg(name="recipe")] = "nano"
+    """nano or a path."""
+    arms: tuple[Literal["curriculum", "dynamic_sampling", "aggregation", "length", "format_penalty", "temperature"], ...] = ()
+    """Which parts (by default all; format_penalty needs a family with tools)."""
+    vary: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Instead of parts: table.key=value,value,... as in the recipe; may be given several times. A single value is for all."""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    workers: int = 1
+    """Runs at a time, on equal shares of the cores."""
+    run_folder: Path | None = None
+    """Where everything is written (runs/ablate-rl- and the recipe's name)."""
+
+
+@dataclass(frozen=True)
 class Params:
     """What a model costs before anything is trained: parameters, FLOPs a token, memory, and the time to train it."""
 
@@ -248,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
             Ablate: run_ablate,
             SFT: run_sft,
             RL: run_rl,
+            AblateRL: run_ablate_rl,
             Eval: run_eval,
             Params: run_params,
             Bench: run_bench,
@@ -268,7 +290,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(arguments: list[str]) -> Demo | Train | Ablate | SFT | RL | Eval | Params | Bench | Race | Chat | Serve | Convert:
+def _parse(
+    arguments: list[str],
+) -> Demo | Train | Ablate | SFT | RL | AblateRL | Eval | Params | Bench | Race | Chat | Serve | Convert:
     """After `train RECIPE`, and with `--recipe RECIPE` in `sft` and `rl`, that recipe's values are the defaults of the options;
     else nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
@@ -281,6 +305,7 @@ def _parse(arguments: list[str]) -> Demo | Train | Ablate | SFT | RL | Eval | Pa
         | Annotated[Ablate, subcommand("ablate")]
         | Annotated[SFT, subcommand("sft", default=SFT(sft_recipe))]
         | Annotated[RL, subcommand("rl", default=RL(rl_recipe))]
+        | Annotated[AblateRL, subcommand("ablate-rl")]
         | Annotated[Eval, subcommand("eval")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
@@ -464,6 +489,7 @@ to try next:
 
 
 def run_rl(command: RL) -> int:
+    from minglm.evals.interval import Estimate
     from minglm.rl.loop import rl
     from minglm.train.metrics import read_metrics
     from minglm.train.run_folder import RunFolder
@@ -475,13 +501,14 @@ def run_rl(command: RL) -> int:
     if outcome.stopped_by is not None:
         return _stopped(outcome, f"rl --recipe {run.config}")
     held_out = [record["rewards"]["all"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
-    first, last = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (held_out[0], held_out[-1]))
+    first, last = (Estimate(*reward, count=0).text() for reward in (held_out[0], held_out[-1]))
     print(f"""
 held-out problems: reward from {first} to {last}, 95% intervals
 
 made:
   {run.overview}    plots: rewards, lengths, entropy, the gap between sampler and trainer
   {outcome.checkpoint}    the policy: a Hugging Face folder, with its tokenizer
+  {folder / "rollouts.html"}    the attempts, to read in a browser
   {folder / "rollouts"}    every attempt of every step, as text
   {run.metrics}    every number
   {run.config}    the recipe, with every default
@@ -489,6 +516,19 @@ made:
 to try next:
   {PROGRAM} chat {folder}
   {PROGRAM} rl {base} --objective.advantage gae --run-folder {folder}-ppo""")
+    return 0
+
+
+def run_ablate_rl(command: AblateRL) -> int:
+    from minglm.rl.ablation import ablate_rl
+
+    base = _find_checkpoint(command.base)
+    folder = command.run_folder or Path("runs", f"ablate-rl-{Path(command.recipe_file).stem}")
+    print(f"ablate-rl: {command.recipe_file} from {base}, {len(command.seeds)} seeds; everything is written to {folder}\n")
+    recipe = replace(load_rl_recipe(command.recipe_file), base=base)
+    table = ablate_rl(recipe, command.vary, command.arms, command.seeds, folder, command.workers)
+    made = ", ".join(str(folder / name) for name in ("ablation.md", "results.json", "curves.png"))
+    print(f"\n{table}\n\nmade: {made}, and a run folder of each run")
     return 0
 
 

@@ -278,15 +278,17 @@ def _grouped(rows: Tensor, matrices: Tensor, last_tiles: list[int]) -> Tensor:
 
 
 @_exact
-def _token_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+def _token_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperatures: Tensor | None = None) -> Tensor:
     hidden, weight = ops.in_autocast_dtype(hidden, weight)
     chunk = max(1, LOGITS // (weight.shape[0] * ROWS)) * ROWS
     out = hidden.new_empty(len(ids), dtype=torch.float32)
     for start in range(0, len(ids), chunk):
         piece = slice(start, start + chunk)
         # PyTorch takes a row's largest logit and sum by itself.
-        logp = _project(hidden[piece], weight).float().log_softmax(-1)
-        out[piece] = logp.gather(1, ids[piece, None])[:, 0]
+        logits = _project(hidden[piece], weight).float()
+        if temperatures is not None:
+            logits = logits / temperatures[piece, None]
+        out[piece] = logits.log_softmax(-1).gather(1, ids[piece, None])[:, 0]
     return out
 
 

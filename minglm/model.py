@@ -12,6 +12,8 @@ Shapes: b batch, t sequence, h hidden, d head, v vocabulary. In routing code suf
 per token, E experts, H hidden.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -175,6 +177,7 @@ class Router(nn.Module):
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.replayed: Tensor | None = None  # (N, K): see `GLM.replaying`
 
     def _apply(self, fn, recurse: bool = True):
         """`model.bfloat16()` must not reach the bias: its steps of 0.001 vanish in bf16 (sglang#31213)."""
@@ -188,6 +191,8 @@ class Router(nn.Module):
         """x (N, H) -> the chosen experts (N, K) int64, their weights (N, K) fp32, all scores (N, E) fp32."""
         scores_NE = ops.router_scores(x_NH, self.weight)
         experts_NK = self.choose(scores_NE.detach())
+        if self.replayed is not None:
+            experts_NK = torch.where(self.replayed < 0, experts_NK, self.replayed)
         weights_NK = scores_NE.gather(1, experts_NK)  # without the bias: it chooses and never weighs
         if self.config.norm_topk_prob:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
@@ -447,6 +452,28 @@ class GLM(nn.Module):
         norm (b, t, h), for `lm_head`; the experts of each token (MoE layers, b * t, K) int64, None without MoE layers."""
         hidden, statistics = self._run_trunk(input_ids, None, cache)
         return hidden, torch.stack([s.experts for s in statistics]) if statistics else None
+
+    def hidden_and_experts(self, input_ids: Tensor, document_ids: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """input_ids, document_ids (b, t) as in `forward` -> the states after the final norm (b, t, h), and the experts of each
+        token (MoE layers, b * t, K) int64, None without MoE layers. Nothing counts as load."""
+        self._check(input_ids, document_ids, None, False)
+        hidden, statistics = self._run_trunk(input_ids, document_ids, None)
+        return hidden, torch.stack([s.experts for s in statistics]) if statistics else None
+
+    @contextmanager
+    def replaying(self, experts: Tensor | None) -> Iterator[None]:
+        """Within the block tokens go to the experts that were chosen for them before, as RL wants it where sampler and trainer
+        would choose differently: experts (MoE layers of the trunk, b * t, K) int64, -1 where a token's own choice holds; None
+        replays nothing. Only the choice is replayed: the weights are of the present scores, and gradients reach the router.
+        With activation checkpointing the backward pass belongs into the block."""
+        routers = [layer.mlp.gate for layer in self.model.layers if layer.is_moe]
+        try:
+            for router, chosen in zip(routers, [None] * len(routers) if experts is None else experts, strict=True):
+                router.replayed = chosen
+            yield
+        finally:
+            for router in routers:
+                router.replayed = None
 
     def mtp_step(self, hidden: Tensor, next_ids: Tensor, cache: Cache) -> Tensor:
         """The same for the MTP layer: hidden (b, t, h), the trunk's states or, for drafts beyond the first, what this method

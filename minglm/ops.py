@@ -237,9 +237,13 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 
 
 @operation
-def token_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability of each token under softmax(hidden @ weight^T): hidden (n, h), weight (v, h), ids (n,) -> (n,) fp32."""
-    return F.linear(hidden, weight).float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+def token_log_probs(hidden: Tensor, weight: Tensor, ids: Tensor, temperatures: Tensor | None = None) -> Tensor:
+    """Log-probability of each token under softmax(hidden @ weight^T / temperature): hidden (n, h), weight (v, h), ids (n,),
+    temperatures (n,) fp32, None for 1 -> (n,) fp32."""
+    logits = F.linear(hidden, weight).float()
+    if temperatures is not None:
+        logits = logits / temperatures[:, None]
+    return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------- the torch gear

@@ -185,7 +185,8 @@ def linear_cross_entropy_case(numbers: Numbers) -> tuple:
 
 def token_log_probs_case(numbers: Numbers) -> tuple:
     n, h, v = numbers.size(0, 40), numbers.size(1, 16), numbers.draw(st.sampled_from([1, 2, 7, 50, 20_000]))
-    return numbers.variable(n, h), numbers.weight(v, h), numbers.integers(0, v, n)
+    temperatures = numbers.draw(st.sampled_from([None, numbers.integers(1, 4, n) / 2]))
+    return numbers.variable(n, h), numbers.weight(v, h), numbers.integers(0, v, n), temperatures
 
 
 CASES = {name.removesuffix("_case"): make for name, make in dict(globals()).items() if name.endswith("_case")}

@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_rl_rollout import CONFIG, TOKENIZER, Echo, collect, policy
 
 from minglm import ops
@@ -12,7 +14,7 @@ from minglm.__main__ import main
 from minglm.checkpoint import load_model, save_model
 from minglm.config import ConfigError, GLMConfig
 from minglm.evals.command import find_columns, first_length
-from minglm.rl.curriculum import WINDOW, Curriculum
+from minglm.rl.curriculum import MANY, WINDOW, Curriculum
 from minglm.rl.learner import PolicyLearner, Rows
 from minglm.rl.loop import rl
 from minglm.rl.objective import Objective, named
@@ -22,6 +24,8 @@ from minglm.tasks.task import Verdict
 from minglm.train.device import choose_device
 from minglm.train.metrics import WALL_CLOCK, read_metrics
 from minglm.train.recipe import Hardware, Optimizer
+
+CONTEXT = 160  # enough for the families' problems
 
 
 @pytest.fixture
@@ -36,7 +40,8 @@ def recipe_of(base, **changes) -> RLRecipe:
     values = {
         "tasks": Tasks({"arithmetic": (1, 2), "weekdays": (1,)}),
         "steps": 4,
-        "sampling": Sampling(group_size=2, groups=3, tokens=8, rounds=1),
+        "sampling": Sampling(group_size=2, groups=3, tokens=8, rounds=1, context=CONTEXT),
+        "tokens_at_once": 2 * CONTEXT,
         "objective": named("reinforce++"),
         "optimizer": Optimizer(learning_rate=1e-2, weight_decay=0.0),
         "evaluate_every": 2,
@@ -138,7 +143,7 @@ def test_another_recipe_does_not_go_on_with_this_ones_checkpoints(base, tmp_path
 
 def test_without_a_spread_nothing_is_learnt(base, tmp_path):
     """An untrained policy solves nothing: with dynamic sampling all groups are left out, and the weights stay."""
-    sampling = Sampling(group_size=2, groups=2, tokens=4, rounds=3)
+    sampling = Sampling(group_size=2, groups=2, tokens=4, rounds=3, context=CONTEXT)
     outcome = rl(recipe_of(base, steps=1, sampling=sampling, objective=Objective()), tmp_path / "run")
     (step,) = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "step"]
     assert step["rounds"] == 3 and step["groups_without_spread"] == 6 and step["trained_on"] == 0 and step["reward"] == 0
@@ -170,6 +175,27 @@ def test_moderate_problems_come_first_and_solved_hard_ones_when_the_reward_has_l
     for _ in range(3):
         curriculum.learn([HARD], [0.0])
     assert set(curriculum.chosen()) == {MIDDLE, HARD}
+    assert curriculum.record()["arithmetic 3"] == {"attempts": 34, "pass_rate": 1 / 34, "solved": 1, "standing": "hard"}
+    for _ in range(MANY):
+        curriculum.learn([HARD], [0.0])
+    assert curriculum.standing(HARD) == "hopeless" and curriculum.chosen() == [MIDDLE]  # its success was long ago
+
+
+@given(st.lists(st.sampled_from([0.0, 0.0, 0.0, 0.5, 1.0]), max_size=700))
+def test_the_standing_of_a_pool_is_what_its_last_attempts_say(rewards):
+    curriculum = Curriculum(TASKS, 1)
+    for reward in rewards:
+        curriculum.learn([EASY], [reward])
+    recent = rewards[-64:]
+    rate = sum(recent) / len(recent) if recent else None
+    assert curriculum.rate(EASY) == pytest.approx(rate) and curriculum.attempts[EASY] == len(rewards)
+    standing = curriculum.standing(EASY)
+    if len(rewards) < 8:
+        assert standing == "unknown"
+    elif rate < 1 / 8:
+        assert standing == ("hard" if 1.0 in rewards[-512:] else "hopeless")
+    else:
+        assert standing == ("moderate" if rate <= 7 / 8 else "mastered")
 
 
 def test_while_the_reward_rises_the_stage_stays():
@@ -195,6 +221,7 @@ def test_the_gear_is_as_it_was_after_a_run(base, tmp_path):
 
 def test_the_command_trains_goes_on_and_says_what_is_missing(base, tmp_path, capsys):
     short = ["--steps", "1", "--evaluation-problems", "2", "--sampling.groups", "1", "--sampling.tokens", "4"]
+    short += ["--sampling.context", "500", "--tokens-at-once", "500"]
     run = tmp_path / "run"
     assert main(["rl", str(base), "--run-folder", str(run), *short, "--hardware.device", "cpu"]) == 0
     said = capsys.readouterr().out

@@ -315,7 +315,14 @@ class Engine:
 
         tokens, row = {}, 0
         wanted = [sequence.params.logprobs for sequence in sequences]
-        logprobs = None if all(n is None for n in wanted) else logits.float().log_softmax(-1)
+        logprobs = None
+        if any(n is not None for n in wanted):
+            rows = [item.sequence.params for item in items for _ in range(item.drafts + 1)]
+            divisors = [params.temperature if params.at_temperature else 1.0 for params in rows]
+            logprobs = logits.float()
+            if any(divisor != 1 for divisor in divisors):
+                logprobs = logprobs / torch.tensor(divisors, device=self.device)[:, None]
+            logprobs = logprobs.log_softmax(-1)
         for item, ids, best in zip(items, drawn, wanted, strict=True):
             rows = slice(row, row + len(ids))
             tokens[item.sequence.request_id] = NewTokens.of(ids, None if best is None else logprobs[rows], best)

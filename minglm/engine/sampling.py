@@ -23,8 +23,9 @@ class SamplingParams:
     the likeliest that together have this probability; min_p those with at least this share of the likeliest's probability.
     Equally likely tokens are kept or dropped together. seed: None draws one. stop_ids end the answer beside the tokenizer's
     own end-of-turn ids; stop: strings that do; ignore_stop: neither does. logprobs: None: none; 0: the chosen token's; n:
-    also those of the n best. return_experts: which experts each token went to. thinking_budget: after so many tokens of
-    thinking the next one is `</think>`. grammar: the text that `minglm.chat.tool_grammar` makes.
+    also those of the n best. at_temperature: these are of the distribution that the temperature makes, and not of the model
+    itself. return_experts: which experts each token went to. thinking_budget: after so many tokens of thinking the next one is
+    `</think>`. grammar: the text that `minglm.chat.tool_grammar` makes.
     """
 
     temperature: float = 1.0
@@ -36,6 +37,7 @@ class SamplingParams:
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    at_temperature: bool = False
     return_experts: bool = False
     thinking_budget: int | None = None
     grammar: str | None = None
@@ -49,6 +51,8 @@ class SamplingParams:
             f"min_p = {self.min_p}: wanted 0 or more, below 1": 0 <= self.min_p < 1,
             f"max_tokens = {self.max_tokens}: wanted 1 or more": self.max_tokens >= 1,
             f"logprobs = {self.logprobs}: wanted 0 or more, or None": self.logprobs is None or self.logprobs >= 0,
+            f"at_temperature with temperature = {self.temperature}: wanted above 0": not self.at_temperature
+            or self.temperature > 0,
             f"thinking_budget = {self.thinking_budget}: wanted 0 or more, or None": self.thinking_budget is None
             or self.thinking_budget >= 0,
             f"stop = {self.stop!r}: wanted strings that are not empty, in a tuple": isinstance(self.stop, tuple)

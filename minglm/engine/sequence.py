@@ -53,10 +53,10 @@ class RequestOutput:
     """What one step added to a request. ids end with the stop id, if one ended it; `text` does not show it.
 
     text: newly finished text: whole characters only, held back where a stop string could begin. logprobs: of each new id
-    under the model itself (temperature 1, nothing cut off), natural logarithm; top_logprobs: for each new id the best n
-    (id, logprob), best first; experts: int64 (positions, MoE layers, K) of the positions computed since the last output, the
-    prompt's first; all None unless asked for. finish_reason: None while it goes on, "stop", "length" or "cancelled";
-    stop_reason: the stop id or string.
+    under the model itself (nothing cut off; temperature 1, unless the request wants them at its own), natural logarithm;
+    top_logprobs: for each new id the best n (id, logprob), best first; experts: int64 (positions, MoE layers, K) of the
+    positions computed since the last output, the prompt's first; all None unless asked for. finish_reason: None while it goes
+    on, "stop", "length" or "cancelled"; stop_reason: the stop id or string.
     """
 
     request_id: int

@@ -1,13 +1,23 @@
 """Which problems to attempt next: the report's two stages of difficulty (section 3.2), by measured pass rates.
 
-The report picks problems; here a pool is a family's difficulty, of which there are as many problems as one likes. First come
-the pools that the policy solves now and then. When the reward has levelled off, those that it hardly ever solves come in, as
-soon as one attempt at them has succeeded: the report's pass@8 = 0 and pass@512 > 0.
+The report sorts problems, each attempted 8 or 512 times: moderate ones first, and when the reward has levelled off those with
+pass@8 = 0 and pass@512 > 0. Here a pool is sorted, a family's difficulty, of which there are as many problems as one likes, by
+the last attempts at any of them:
+
+    mastered   more than 7 of 8 succeed
+    moderate   between 1 and 7 of 8
+    hard       fewer than 1 of 8, so that eight attempts are more likely to fail than not, but one of the last 512 has succeeded
+    hopeless   fewer than 1 of 8, and none of the last 512
+    unknown    too few attempts to tell
+
+Stage 1 draws from moderate pools, stage 2 from hard ones too; from unknown ones always, and seldom from any, so that no measure
+grows old. With partial rewards the pass rate is the mean reward, and success a reward of 1.
 """
 
 import random
+import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from minglm.data.sources import TRAIN
 from minglm.rl.recipe import Tasks
@@ -16,23 +26,31 @@ from minglm.tasks.task import Problem, problems
 
 Pool = tuple[str, int]
 
-MODERATE = (0.125, 0.875)  # of 8 attempts one at least, and not all
-MEMORY = 0.9  # of a pool's pass rate, an attempt
+Standing = Literal["unknown", "mastered", "moderate", "hard", "hopeless"]
+
+FEW, RECENT, MANY = 8, 64, 512  # attempts: fewer tell nothing, those of the pass rate, those of which one must have succeeded
+MODERATE = (1 / 8, 7 / 8)
 WINDOW = 10  # steps whose mean reward is compared with that of as many before
 LEVEL = 0.01  # rise below which it has levelled off
 EXPLORED = 0.1  # of the problems come from any pool, so that no pass rate grows old
 
 
+def levelled_off(rewards: Sequence[float]) -> bool:
+    """Whether the last `WINDOW` mean rewards are hardly above those of as many steps before."""
+    recent = rewards[-2 * WINDOW :]
+    return len(recent) == 2 * WINDOW and sum(recent[WINDOW:]) - sum(recent[:WINDOW]) < WINDOW * LEVEL
+
+
 class Curriculum:
-    """State: the pass rate of each pool, the rewards of the steps so far, and the stage, 1 or 2."""
+    """State: the last rewards of each pool, how many there were, the mean rewards of the steps so far, the stage, 1 or 2."""
 
     def __init__(self, tasks: Tasks, seed: int):
         self.pools: list[Pool] = [(family, level) for family, levels in tasks.levels.items() for level in levels]
         for family, level in self.pools:
             FAMILIES[family].check_difficulty(level)
         self.tasks, self.seed = tasks, seed
-        self.rates: dict[Pool, float] = {}
-        self.solved: set[Pool] = set()
+        self.last: dict[Pool, list[float]] = {pool: [] for pool in self.pools}  # MANY at most
+        self.attempts: dict[Pool, int] = dict.fromkeys(self.pools, 0)
         self.rewards: list[float] = []
         self.stage = 1
 
@@ -47,36 +65,53 @@ class Curriculum:
             found.append((pool, next(problems(FAMILIES[family], TRAIN, rng.getrandbits(62), [level]))))
         return found
 
+    def rate(self, pool: Pool) -> float | None:
+        """The pass rate of the last attempts; None without any."""
+        recent = self.last[pool][-RECENT:]
+        return statistics.fmean(recent) if recent else None
+
+    def standing(self, pool: Pool) -> Standing:
+        last, (low, high) = self.last[pool], MODERATE
+        if len(last) < FEW:
+            return "unknown"
+        rate = self.rate(pool)
+        if rate >= low:
+            return "moderate" if rate <= high else "mastered"
+        return "hard" if max(last) >= 1 else "hopeless"
+
     def chosen(self) -> list[Pool]:
         """The pools of the present stage; all, where none fits."""
         if self.tasks.curriculum == "none":
             return self.pools
-        low, high = MODERATE
-        moderate = [pool for pool in self.pools if low <= self.rates.get(pool, 0.5) <= high]
-        if self.stage == 2:
-            moderate += [pool for pool in self.pools if self.rates.get(pool, 0.5) < low and pool in self.solved]
-        return moderate or self.pools
+        wanted = ("unknown", "moderate") if self.stage == 1 else ("unknown", "moderate", "hard")
+        return [pool for pool in self.pools if self.standing(pool) in wanted] or self.pools
 
     def learn(self, pools: Sequence[Pool], rewards: Sequence[float]) -> None:
         """What the attempts of a step have shown."""
         for pool, reward in zip(pools, rewards, strict=True):
-            self.rates[pool] = MEMORY * self.rates.get(pool, reward) + (1 - MEMORY) * reward
-            if reward >= 1:
-                self.solved.add(pool)
-        self.rewards.append(sum(rewards) / len(rewards))
-        recent = self.rewards[-2 * WINDOW :]
-        if len(recent) == 2 * WINDOW and sum(recent[WINDOW:]) - sum(recent[:WINDOW]) < WINDOW * LEVEL:
+            self.last[pool] = [*self.last[pool], reward][-MANY:]
+            self.attempts[pool] += 1
+        self.rewards = [*self.rewards, statistics.fmean(rewards)][-2 * WINDOW :]
+        if levelled_off(self.rewards):
             self.stage = 2
 
-    def state_dict(self) -> dict[str, Any]:
+    def record(self) -> dict[str, dict[str, Any]]:
+        """For metrics.jsonl, of each pool: attempts, pass rate, how many of the last MANY succeeded, standing."""
         return {
-            "rates": [[*pool, rate] for pool, rate in self.rates.items()],
-            "solved": [list(pool) for pool in sorted(self.solved)],
-            "rewards": self.rewards[-2 * WINDOW :],
-            "stage": self.stage,
+            f"{family} {level}": {
+                "attempts": self.attempts[family, level],
+                "pass_rate": self.rate((family, level)),
+                "solved": sum(reward >= 1 for reward in self.last[family, level]),
+                "standing": self.standing((family, level)),
+            }
+            for family, level in self.pools
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        pools = [[*pool, self.attempts[pool], list(self.last[pool])] for pool in self.pools]
+        return {"pools": pools, "rewards": list(self.rewards), "stage": self.stage}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rates = {(family, level): rate for family, level, rate in state["rates"]}
-        self.solved = {(family, level) for family, level in state["solved"]}
+        for family, level, attempts, last in state["pools"]:
+            self.attempts[family, level], self.last[family, level] = attempts, list(last)
         self.rewards, self.stage = list(state["rewards"]), state["stage"]

@@ -7,7 +7,7 @@ the log-probabilities of a row are then those that the engine gave while it samp
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import rearrange
@@ -20,69 +20,48 @@ from minglm.model import GLM, LossTotals
 from minglm.optim import MuonAdamW, build_optimizer
 from minglm.rl.advantages import Advantages, advantages
 from minglm.rl.algorithms import Tokens, count, policy_loss, value_loss
+from minglm.rl.critic import Critic
+from minglm.rl.gaps import measure_gaps
 from minglm.rl.objective import Objective
 from minglm.rl.rollout import Trajectory
+from minglm.rl.rows import Rows
 from minglm.train.device import Device
 from minglm.train.learner import Learner, update
 from minglm.train.recipe import Recipe
 
 
-class Rows(NamedTuple):
-    """Some trajectories as a micro-batch, all (b, t): the token at labels[i, j] was chosen behind input_ids[i, : j + 1]."""
+class Known(NamedTuple):
+    """A micro-batch, and what is known of it before the step: all else (b, t), constants for the gradient."""
 
-    input_ids: Tensor  # int64, padded with 0
-    labels: Tensor  # int64, -100 in the padding
-    document_ids: Tensor  # int32: 0, and -1 in the padding
-    sampled: Tensor  # bool: the policy chose this label
-    log_probs: Tensor  # fp32, the sampler's, where sampled
-
-    @classmethod
-    def of(cls, trajectories: Sequence[Trajectory], device: torch.device) -> "Rows":
-        b, t = len(trajectories), max(len(one.ids) for one in trajectories) - 1
-        rows = cls(
-            torch.zeros(b, t, dtype=torch.long),
-            torch.full((b, t), -100),
-            torch.full((b, t), -1, dtype=torch.int32),
-            torch.zeros(b, t, dtype=torch.bool),
-            torch.zeros(b, t),
-        )
-        for row, one in enumerate(trajectories):
-            n = len(one.ids) - 1
-            ids = torch.tensor(one.ids)
-            rows.input_ids[row, :n], rows.labels[row, :n] = ids[:-1], ids[1:]
-            rows.document_ids[row, :n] = 0
-            rows.sampled[row, :n] = torch.tensor(one.sampled[1:])
-            rows.log_probs[row, :n] = torch.tensor(one.log_probs[1:])
-        return cls(*(tensor.to(device) for tensor in rows))
-
-    @property
-    def sequence_ids(self) -> Tensor:
-        """(b * t,): the row of each token."""
-        b, t = self.labels.shape
-        return torch.arange(b, device=self.labels.device).repeat_interleave(t)
+    rows: Rows
+    experts: Tensor | None  # to be replayed, (MoE layers, b * t, K)
+    old: Tensor  # log-probabilities under the weights that the step starts from
+    reference: Tensor | None
+    values: Tensor | None  # the critic's
+    mask: Tensor  # bool: what counts
+    advantages: Tensor
+    returns: Tensor | None
 
 
-class Critic(nn.Module):
-    """PPO's: a model of its own, from the policy's start, with a value in place of the head (1707.06347)."""
+class Before(NamedTuple):
+    """What is known of the micro-batches of a step before its first update: a list each, one entry a micro-batch.
 
-    def __init__(self, folder: Path, device: torch.device):
-        super().__init__()
-        self.trunk = load_model(folder, device=device)
-        self.trunk.requires_grad_(True)
-        self.value = nn.Linear(self.trunk.config.hidden_size, 1, device=device)
-        nn.init.zeros_(self.value.weight)
-        nn.init.zeros_(self.value.bias)
+    old, reference, values: (b, t); None without a reference or critic. replayed: the experts that training replays, None for
+    none; unreplayed: `old` if each pass routes for itself; experts: that the model itself chose (MoE layers, b * t, K).
+    """
 
-    def forward(self, rows: Rows) -> Tensor:
-        """-> (b, t): what is expected before the label is chosen."""
-        hidden, _, _ = self.trunk.hidden_and_side_losses(rows.input_ids, rows.labels, rows.document_ids, detach_trunk=True)
-        return self.value(hidden)[..., 0]
+    old: list[Tensor]
+    reference: list[Tensor] | None
+    values: list[Tensor] | None
+    replayed: list[Tensor | None]
+    unreplayed: list[Tensor]
+    experts: list[Tensor | None]
 
 
 class StepNumbers(NamedTuple):
     """What a step has to tell, floats: losses, gradient norm before clipping, and per token that counts: the shares clipped
-    and dropped, the entropy's estimate -log pi of what was sampled, the sampler's log-probability less the trainer's as the
-    largest absolute and the mean absolute gap in nats."""
+    and dropped, the entropy's estimate -log pi of what was sampled; the share of sequences whose group says something; then
+    `minglm.rl.gaps.Gaps`."""
 
     loss: float
     value_loss: float
@@ -90,9 +69,15 @@ class StepNumbers(NamedTuple):
     clipped: float
     dropped: float
     entropy: float
+    informative: float
     largest_gap: float
     mean_gap: float
-    informative: float
+    fresh_gap: float
+    stale_gap: float
+    own_routing_gap: float
+    rerouted: float
+    staleness: float
+    largest_staleness: float
 
 
 class PolicyLearner(Learner):
@@ -108,12 +93,15 @@ class PolicyLearner(Learner):
         checkpoint: Path | None,
         tokens_at_once: int,
         passes: int,
+        routing_replay: Literal["none", "R2", "R3"] = "none",
     ):
         """base: the folder of the policy to start from, which the critic starts from and the reference stays at; checkpoint:
         of the policy to go on with, of which `load` restores the rest. tokens_at_once: of a micro-batch, padding included.
-        passes: optimiser steps on the same trajectories, all of them each time."""
+        passes: optimiser steps on the same trajectories, all of them each time. routing_replay: what routes tokens in training:
+        each pass for itself, the pass before the first update (R2), or the sampler (R3)."""
         super().__init__(recipe, config, device, checkpoint or base)
         self.objective, self.tokens_at_once, self.passes = objective, tokens_at_once, passes
+        self.routing_replay = routing_replay
         self.critic = self.critic_optimizer = self.reference = None
         if objective.advantage == "gae":
             self.critic = Critic(base, device.torch_device).train()
@@ -136,70 +124,78 @@ class PolicyLearner(Learner):
 
     def log_probs(self, model: GLM, rows: Rows) -> Tensor:
         """Of the labels, (b, t) fp32; 0 where the policy did not choose."""
-        hidden = model.hidden_and_side_losses(rows.input_ids, rows.labels, rows.document_ids)[0]
-        return self._of_labels(model, hidden, rows)
+        return self._of_labels(model, model.hidden_and_experts(rows.input_ids, rows.document_ids)[0], rows)
 
     @staticmethod
     def _of_labels(model: GLM, hidden: Tensor, rows: Rows) -> Tensor:
-        found = ops.token_log_probs(hidden[rows.sampled], model.lm_head.weight, rows.labels[rows.sampled])
+        """At the temperature that they were sampled at: the policy in training is the one that sampled."""
+        temperatures = rows.temperatures[rows.sampled]
+        found = ops.token_log_probs(hidden[rows.sampled], model.lm_head.weight, rows.labels[rows.sampled], temperatures)
         return torch.zeros(rows.labels.shape, device=found.device).masked_scatter(rows.sampled, found)
 
     @torch.no_grad()
-    def _before(self, batches: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor] | None, list[Tensor] | None]:
-        """Log-probabilities under the weights that the step starts from, of the reference, and values: each (b, t)."""
+    def before(self, batches: Sequence[Rows]) -> Before:
+        """What the weights that the step starts from say, before the first update. Raises ValueError for R3 without experts."""
         self.model.eval()
-        old = [self.log_probs(self.model, rows) for rows in batches]
+        old, experts = [], []
+        for rows in batches:
+            hidden, chosen = self.model.hidden_and_experts(rows.input_ids, rows.document_ids)
+            old.append(self._of_labels(self.model, hidden, rows))
+            experts.append(chosen)
+        unreplayed, replayed = old, [None] * len(batches) if self.routing_replay == "none" else experts
+        if self.routing_replay == "R3":
+            replayed = [rows.experts for rows in batches]
+            if any(chosen is None for chosen in replayed):
+                raise ValueError("routing_replay 'R3' found trajectories without experts; wanted rollouts that record them")
+            old = []
+            for rows in batches:
+                with self.model.replaying(rows.experts):
+                    old.append(self.log_probs(self.model, rows))
         self.model.train()
         reference = None if self.reference is None else [self.log_probs(self.reference, rows) for rows in batches]
         values = None if self.critic is None else [self.critic(rows) for rows in batches]
-        return old, reference, values
+        return Before(old, reference, values, replayed, unreplayed, experts)
 
     def policy_step(
-        self, trajectories: Sequence[Trajectory], groups: Sequence[int], learning_rate_factor: float = 1.0
+        self,
+        trajectories: Sequence[Trajectory],
+        groups: Sequence[int],
+        learning_rate_factor: float = 1.0,
+        version: int | None = None,
     ) -> StepNumbers:
         """Train on trajectories with verdicts; groups: which of them answer the same prompt; learning_rate_factor: the part of
-        the peak rate to use.
+        the peak rate to use; version: of the weights that the step starts from, None for the newest that has sampled a token.
 
         The denominators are of the whole step, so that neither packing nor micro-batches change it.
         """
         device = self.device.torch_device
         chosen = list(self.micro_batches(trajectories))
         batches = [Rows.of([trajectories[i] for i in indices], device) for indices in chosen]
-        old, reference, values = self._before(batches)
+        before = self.before(batches)
+        old, reference, values = before[:3]
         found = self._advantages(trajectories, groups, chosen, batches, old, reference, values)
 
-        stage, numbers = self.stage, torch.zeros(4, device=device)
-        total = sum(count(self.objective, mask.flatten(), r.sequence_ids) for mask, r in zip(found.mask, batches, strict=True))
+        numbers = torch.zeros(4, device=device)
+        known = [
+            Known(*each)
+            for each in zip(
+                batches,
+                before.replayed,
+                old,
+                reference or [None] * len(batches),
+                values or [None] * len(batches),
+                found.mask,
+                found.tokens,
+                found.returns or [None] * len(batches),
+                strict=True,
+            )
+        ]
+        total = sum(count(self.objective, one.mask.flatten(), one.rows.sequence_ids) for one in known)
         targets = [self.model.count_targets(rows.labels, rows.document_ids) for rows in batches]
         totals = LossTotals(*torch.stack([torch.stack(each) for each in targets]).sum(0))
         for _ in range(self.passes):
-            for n, rows in enumerate(batches):
-                tokens = Tokens(
-                    found.mask[n].flatten(),
-                    rows.sequence_ids,
-                    old[n].flatten(),
-                    rows.log_probs.flatten(),
-                    None if reference is None else reference[n].flatten(),
-                )
-                hidden, mtp, balance = self.model.hidden_and_side_losses(
-                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
-                )
-                log_probs = self._of_labels(self.model, hidden, rows).flatten()
-                entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
-                loss = policy_loss(self.objective, log_probs, tokens, found.tokens[n].flatten(), total, entropies)
-                (loss.total + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
-                critic_loss = torch.zeros_like(loss.total)
-                if self.critic is not None:
-                    critic_loss = value_loss(
-                        self.objective,
-                        self.critic(rows).flatten(),
-                        values[n].flatten(),
-                        found.returns[n].flatten(),
-                        tokens,
-                        total,
-                    )
-                    critic_loss.backward()
-                numbers += torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach()
+            for one in known:
+                numbers += self.backward(one, total, totals)
             clip_norm = self.recipe.optimizer.clip_norm or math.inf
             norm = self._clip_gradients(clip_norm)
             update(self.optimizer, learning_rate_factor)
@@ -207,7 +203,37 @@ class PolicyLearner(Learner):
                 nn.utils.clip_grad_norm_(self.critic.parameters(), clip_norm)
                 update(self.critic_optimizer, learning_rate_factor)
             self.model.update_router_bias(self.stage.router_bias_rate)
-        return self._numbers(numbers / self.passes, norm, batches, old, found)
+        gaps = measure_gaps(batches, old, before.unreplayed, before.experts, version)
+        entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, old, strict=True)]).mean().item()
+        informative = found.informative.float().mean().item()
+        loss, critic_loss, clipped, dropped = (numbers / self.passes).tolist()
+        return StepNumbers(loss, critic_loss, norm.item(), clipped, dropped, entropy, informative, *gaps)
+
+    def backward(self, known: Known, total: Tensor, totals: LossTotals) -> Tensor:
+        """Add a micro-batch's gradients of all losses -> those of policy and critic, and the shares clipped and dropped, (4,)
+        fp32. total, totals: what the whole step counts, for the policy's loss and for the side losses."""
+        rows, stage = known.rows, self.stage
+        tokens = Tokens(
+            known.mask.flatten(),
+            rows.sequence_ids,
+            known.old.flatten(),
+            rows.log_probs.flatten(),
+            None if known.reference is None else known.reference.flatten(),
+        )
+        with self.model.replaying(known.experts):
+            hidden, mtp, balance = self.model.hidden_and_side_losses(
+                rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
+            )
+            log_probs = self._of_labels(self.model, hidden, rows).flatten()
+            entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
+            loss = policy_loss(self.objective, log_probs, tokens, known.advantages.flatten(), total, entropies)
+            (loss.total + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
+        critic_loss = torch.zeros_like(loss.total)
+        if self.critic is not None:
+            values, returns = self.critic(rows).flatten(), known.returns.flatten()
+            critic_loss = value_loss(self.objective, values, known.values.flatten(), returns, tokens, total)
+            critic_loss.backward()
+        return torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach()
 
     def _advantages(self, trajectories, groups, chosen, batches, old, reference, values) -> Advantages:
         """Those of the whole step, with every tensor cut into the micro-batches again, each (b, t)."""
@@ -221,7 +247,7 @@ class PolicyLearner(Learner):
             starts.append(starts[-1] + len(indices))
         ids = torch.cat([rows.sequence_ids + start for rows, start in zip(batches, starts[:-1], strict=True)])
         order = [i for indices in chosen for i in indices]
-        rewards = torch.tensor([trajectories[i].verdict.reward for i in order], device=device)
+        rewards = torch.tensor([trajectories[i].verdict.reward for i in order], dtype=torch.float32, device=device)
         # Trajectories that were cut off are not worth what the critic expects of going on: cut off is an end with reward 0.
         tokens = Tokens(
             joined([rows.sampled for rows in batches]),
@@ -244,25 +270,10 @@ class PolicyLearner(Learner):
 
     def _entropies(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Of the distribution of each label that the policy chose, (b * t,) fp32; 0 elsewhere."""
-        log_probs = self.model.lm_head(hidden[rows.sampled]).float().log_softmax(-1)
+        logits = self.model.lm_head(hidden[rows.sampled]).float() / rows.temperatures[rows.sampled][:, None]
+        log_probs = logits.log_softmax(-1)
         found = -(log_probs.exp() * log_probs).sum(-1)
         return torch.zeros(rows.labels.shape, device=found.device).masked_scatter(rows.sampled, found).flatten()
-
-    def _numbers(self, sums: Tensor, norm: Tensor, batches: Sequence[Rows], old: Sequence[Tensor], found) -> StepNumbers:
-        gaps = torch.cat([(rows.log_probs - ours)[rows.sampled].abs() for rows, ours in zip(batches, old, strict=True)])
-        entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, old, strict=True)]).mean()
-        loss, critic_loss, clipped, dropped = sums.tolist()
-        return StepNumbers(
-            loss,
-            critic_loss,
-            norm.item(),
-            clipped,
-            dropped,
-            entropy.item(),
-            gaps.max().item(),
-            gaps.mean().item(),
-            found.informative.float().mean().item(),
-        )
 
     def save(self, folder: Path) -> dict[str, Any]:
         state = super().save(folder)

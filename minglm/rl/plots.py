@@ -1,5 +1,7 @@
-"""What an RL run looks like: rewards, held-out rewards with intervals, lengths, entropy, and the gap to the sampler."""
+"""What an RL run looks like: rewards, held-out rewards with intervals, pass@k, how attempts end, lengths, entropy, clipping,
+temperature, the gap to the sampler by its causes, and the curriculum."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -8,10 +10,11 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from minglm.rl.curriculum import Standing
 from minglm.rl.rollout import End
 from minglm.train.plots import STYLE
 
-ENDS = get_args(End)
+ENDS, STANDINGS = get_args(End), get_args(Standing)
 
 
 def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -21,7 +24,7 @@ def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     if not steps:
         return
     with rc_context(STYLE):
-        figure = Figure(figsize=(15, 8), layout="constrained")
+        figure = Figure(figsize=(19, 11), layout="constrained")
         FigureCanvasAgg(figure)  # draws without a screen
         figure.suptitle(title, fontweight="bold", x=0.01, ha="left")
         _draw(figure, steps, held_out)
@@ -29,7 +32,7 @@ def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _draw(figure: Figure, steps: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:
-    axes = figure.subplots(2, 3)
+    axes = figure.subplots(3, 4)
     x = [record["step"] for record in steps]
 
     def curve(ax, heading: str, keys: Sequence[str], labels: Sequence[str] | None = None) -> None:
@@ -42,25 +45,48 @@ def _draw(figure: Figure, steps: Sequence[dict[str, Any]], held_out: Sequence[di
         if labels and ax.lines:
             ax.legend(fontsize="small")
 
-    rewards, judged, lengths, entropy, gap, ends = axes.flatten()
+    def curves_of(ax, heading: str, key: str, style: str) -> None:
+        """Of the numbers in the table `key`, a curve each."""
+        for name in dict.fromkeys(name for record in steps for name in record[key]):
+            points = [(record["step"], record[key][name]) for record in steps if name in record[key]]
+            ax.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=name)
+        ax.set(title=heading, xlabel="step")
+        if ax.lines:
+            ax.legend(fontsize="small")
+
+    def shares(ax, heading: str, names: Sequence[str], counts: Sequence[dict[str, int]]) -> None:
+        values = [[count.get(name, 0) / max(1, sum(count.values())) for count in counts] for name in names]
+        ax.stackplot(x, values, labels=names, alpha=0.8)
+        ax.set(title=heading, xlabel="step", ylim=(0, 1))
+        ax.legend(fontsize="small", loc="lower left")
+
+    rewards, judged, passes, ends, lengths, entropy, clip, temperature, gap, apart, stage, pools = axes.flatten()
     curve(rewards, "Reward of all attempts", ["reward"])
-    for family in sorted({family for record in steps for family in record["reward_by_family"]}):
-        points = [(r["step"], r["reward_by_family"][family]) for r in steps if family in r["reward_by_family"]]
-        rewards.plot(*zip(*points, strict=True), ".", markersize=3, label=family)
-    rewards.legend(fontsize="small")
+    curves_of(rewards, "Reward of all attempts", "reward_by_family", ".")
     for name in held_out[0]["rewards"] if held_out else ():
-        values = [record["rewards"][name] for record in held_out]
-        at = [record["step"] for record in held_out]
+        known = [record for record in held_out if name in record["rewards"]]
+        values, at = [record["rewards"][name] for record in known], [record["step"] for record in known]
         line = judged.plot(at, [value for value, _, _ in values], "o-", markersize=3, label=name)[0]
-        judged.fill_between(at, [v[1] for v in values], [v[2] for v in values], color=line.get_color(), alpha=0.15)
-    judged.set_title("Reward on held-out problems, 95% intervals")
-    judged.set_xlabel("step")
+        bounds = [[value if bound is None else bound for value, *both in values for bound in both[i : i + 1]] for i in (0, 1)]
+        judged.fill_between(at, *bounds, color=line.get_color(), alpha=0.15)
+    judged.set(title="Reward on held-out problems, 95% intervals", xlabel="step")
     judged.legend(fontsize="small")
-    curve(lengths, "Tokens an attempt", ["length"])
+    curves_of(passes, "pass@k of the problems drawn", "pass_at", "-")
+    shares(ends, "How attempts end", ENDS, [{**record["ends"], "failed": record["failed"]} for record in steps])
+    curve(lengths, "Tokens an attempt, and allowed a turn", ["length", "tokens"], ["length", "allowed"])
     curve(entropy, "Entropy of the policy, nats a token", ["entropy"])
-    curve(gap, "Log-probability gap, sampler to trainer, nats", ["largest_gap", "mean_gap"], ["largest", "mean"])
+    curve(clip, "Share of tokens", ["clipped", "dropped"], ["held by the clip", "dropped by the correction"])
+    curve(temperature, "Temperature", ["temperature"])
+    gaps = {"largest_gap": "largest", "own_routing_gap": "mean, own routing", "mean_gap": "mean", "stale_gap": "mean, stale"}
+    curve(gap, "Log-probability gap, sampler to trainer, nats", list(gaps), list(gaps.values()))
     gap.set_yscale("symlog", linthresh=1e-8)
-    shares = [[record["ends"].get(end, 0) / record["attempts"] for record in steps] for end in ENDS]
-    ends.stackplot(x, shares, labels=ENDS, alpha=0.8)
-    ends.set(title="How attempts end", xlabel="step", ylim=(0, 1))
-    ends.legend(fontsize="small", loc="lower left")
+    curve(
+        apart,
+        "Sampler and trainer",
+        ["rerouted", "staleness", "largest_staleness"],
+        ["tokens routed apart", "staleness, mean", "largest"],
+    )
+    curve(stage, "Stage of the curriculum", ["curriculum_stage"])
+    stage.set_yticks([1, 2])
+    standings = [Counter(pool["standing"] for pool in record["curriculum"].values()) for record in steps]
+    shares(pools, "Difficulties, by how often they are solved", STANDINGS, standings)

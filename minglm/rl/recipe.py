@@ -38,22 +38,49 @@ class Sampling:
     """Attempts at one problem."""
     groups: int = 16
     """Problems of a step."""
-    tokens: int = 128
-    """Of one turn, at most. The same from the first step to the last: growing it made models unlearn long outputs."""
+    tokens: int | tuple[int, ...] = 128
+    """Of one turn, at most. The same from the first step to the last: growing it made models unlearn long outputs (report,
+    section 3.2). Several, such as [32, 64, 128]: stages, each for an equal share of the steps."""
     turns: int = 8
     """Of one attempt, at most."""
     temperature: float = 1.0
+    """Of attempts, in training from the first step on, and at held-out problems always."""
+    temperatures: tuple[float, ...] = ()
+    """Dynamic temperature, such as [1.0, 1.1, 1.2, 1.3]: when the reward has levelled off, the highest of these whose reward
+    on problems set aside is within 1% of the best one's (report, section 3.2). None: the temperature never changes."""
     thinking: Literal["thinking", "non-thinking", "automatic"] = "thinking"
     format_penalty: bool = True
     """A call that cannot be read ends the episode at once, with reward 0 (report, section 3.2.4)."""
+    context: int | None = None
+    """Tokens of one attempt that the model reads, at most: prompt, turns, results of tools. By default the model's positions.
+    The longest sample, and with it the memory that training needs, hangs on it."""
+    environment_seconds: float = 300.0
+    """For the environment to answer a turn, verdict included. Later, the attempt has failed: it has no reward, not even 0."""
+    precision: Literal["same", "fp8"] = "same"
+    """fp8: the sampler has a copy of the policy whose linear layers have gone through FP8 in blocks of 128 x 128, emulated
+    (report, section 3.5), which is what held-out problems judge, too. The gap that this makes is recorded;
+    objective.importance and routing_replay are what helps."""
     rounds: int = 3
     """Dynamic sampling: problems whose attempts all have one reward are replaced by others, so many times at most; 1: never."""
 
     def __post_init__(self) -> None:
         require(self.group_size >= 2, "group_size", self.group_size, "2 or more: one attempt has nothing to be judged against")
-        for key in ("groups", "tokens", "turns", "rounds"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        require(self.temperature > 0, "temperature", self.temperature, "above 0")
+        require(bool(self.stages) and min(self.stages) >= 1, "tokens", self.tokens, "1 or more")
+        require(all(value > 0 for value in self.temperatures), "temperatures", self.temperatures, "each above 0")
+        for key in ("groups", "turns", "rounds", "context"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, key, value, "1 or more")
+        for key in ("temperature", "environment_seconds"):
+            require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """`tokens`, one after the other."""
+        return (self.tokens,) if isinstance(self.tokens, int) else self.tokens
+
+    def tokens_at(self, step: int, steps: int) -> int:
+        """Of one turn, in a step (1 to `steps`)."""
+        return self.stages[(step - 1) * len(self.stages) // steps]
 
 
 @dataclass(frozen=True)
@@ -70,6 +97,9 @@ class RLRecipe:
     objective: Objective = field(default_factory=Objective)
     passes: int = 1
     """Optimiser steps on the trajectories of one step; with more than one the objective's clip has something to do."""
+    routing_replay: Literal["none", "R2", "R3"] = "none"
+    """Tokens go in training to the experts that were chosen for them before: R2, by the trainer's pass before the first update
+    of a step; R3, by the sampler."""
     tokens_at_once: int = 8192
     """Of a micro-batch, padding included. Bounds the memory, changes nothing else."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=3e-4, weight_decay=0.0))

@@ -5,33 +5,35 @@ template's own pieces; nothing is ever rendered a second time, so no template ca
 (verl-project/verl#6854 and many others). Results of tools are in the context and are not trained on.
 """
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
 
 from minglm.chat import ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import RequestOutput
-from minglm.tasks.sandbox import SandboxError
-from minglm.tasks.task import Episode, Message, Problem, Verdict
+from minglm.rl.environment import Answer, Environment, Environments, Failure
+from minglm.tasks.task import Message, Problem, Verdict
 from minglm.tokenizer import Tokenizer
-
-ENVIRONMENTS = 64  # that answer at a time: they wait for sandboxes, not for a core
 
 End = Literal["done", "length", "turns", "malformed", "failed"]
 """Why a trajectory ended: the episode was over; its turn, or the whole, was cut off; it had no more turns; a call could not be
-read, which ends the episode at once (the report's process action format penalty, section 3.2.4); the environment broke."""
+read, which ends the episode at once (the report's process action format penalty, section 3.2.4); the environment broke, or
+left no room for an answer."""
 
 
 @dataclass
 class Trajectory:
     """One attempt at a problem. `ids` are everything, the prompt first; the other lists are as long.
 
-    sampled: which ids the policy chose. log_probs: of these under the policy that chose them, temperature 1, natural
-    logarithm; 0 elsewhere. versions: of the policy's weights; -1 elsewhere. verdict is None where the environment failed:
-    such a trajectory has no reward, which is not a reward of 0.
+    sampled: which ids the policy chose. log_probs: of these under the policy that chose them, at `temperature`, natural
+    logarithm; 0 elsewhere. versions: of the policy's weights; -1 elsewhere. verdict is None where the attempt has failed, by
+    no fault of the policy's, and failure says why: it has no reward, which is not a reward of 0.
     """
 
     problem: Problem
@@ -42,6 +44,9 @@ class Trajectory:
     response: list[Message] = field(default_factory=list)
     verdict: Verdict | None = None
     end: End = "done"
+    failure: Failure | None = None
+    temperature: float = 1.0
+    experts: Tensor | None = None  # of the sampler, (len(ids) - 1, MoE layers, K) int16: the last id is never read; if recorded
 
     @property
     def length(self) -> int:
@@ -55,22 +60,26 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Limits:
-    """thinking: True and None leave it to the policy, False forbids it. tokens: of one turn; turns: of one attempt. Raises
-    ValueError for limits below 1 and a temperature that is not above 0."""
+    """thinking: True and None leave it to the policy, False forbids it. tokens: of one turn; turns: of one attempt; context:
+    tokens of an attempt that the model reads (None: as many as it has positions); seconds: for the environment to answer a
+    turn. Raises ValueError for whole numbers below 1, and for others that are not above 0."""
 
     tokens: int = 256
     turns: int = 8
     temperature: float = 1.0
     thinking: bool | None = True
     format_penalty: bool = True
+    context: int | None = None
+    seconds: float = 300.0
 
     def __post_init__(self) -> None:
-        wanted = {"tokens": self.tokens >= 1, "turns": self.turns >= 1, "temperature": self.temperature > 0}
-        for name, holds in wanted.items():
-            if not holds:
-                raise ValueError(
-                    f"{name} = {getattr(self, name)}: wanted {'above 0' if name == 'temperature' else '1 or more'}"
-                )
+        for name in ("tokens", "turns", "context"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} = {value}: wanted 1 or more")
+        for name in ("temperature", "seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} = {getattr(self, name)}: wanted above 0")
 
 
 class Asked(NamedTuple):
@@ -87,31 +96,40 @@ class Rollouts:
     have: so what is computed together, and with it every bit, does not depend on who was faster.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits):
-        self.engine, self.tokenizer, self.limits = engine, tokenizer, limits
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, records_experts: bool = False):
+        """records_experts: keep which experts each token went to. Prompts are then computed for each attempt anew."""
+        self.engine, self.tokenizer, self.limits, self.records_experts = engine, tokenizer, limits, records_experts
+        self.environments = Environments(limits.seconds)
+
+    @property
+    def context(self) -> int:
+        """Tokens of an attempt that the model reads, at most; it may choose one more, which is never read."""
+        positions = self.engine.model.config.max_position_embeddings
+        return min(self.limits.context or positions, positions)
 
     def collect(self, asked: Sequence[Asked]) -> list[Trajectory]:
         """Attempt all problems -> their trajectories, in order.
 
-        Raises ChatError if a problem itself cannot be put into the template, ValueError if it leaves no room for an answer.
+        Raises ChatError if a problem itself cannot be put into the template, HangingEnvironments.
         """
         attempts = [_Attempt(self, *one) for one in asked]
-        by_request = {attempt.ask(): attempt for attempt in attempts}
-        with ThreadPoolExecutor(ENVIRONMENTS) as threads:
-            try:
-                while by_request:
-                    ended = []
-                    for output in self.engine.step():
-                        attempt = by_request[output.request_id]
-                        attempt.take(output)
-                        if output.finish_reason is not None:
-                            ended.append(by_request.pop(output.request_id))
-                    for attempt, goes_on in zip(ended, threads.map(_Attempt.answer, ended), strict=True):
-                        if goes_on:
-                            by_request[attempt.ask()] = attempt
-            finally:
-                for request in by_request:
-                    self.engine.cancel(request)
+        by_request = {attempt.ask(): attempt for attempt in attempts if attempt.has_room()}
+        try:
+            while by_request:
+                ended = []
+                for output in self.engine.step():
+                    attempt = by_request[output.request_id]
+                    attempt.take(output)
+                    if output.finish_reason is not None:
+                        ended.append(by_request.pop(output.request_id))
+                speaking = [(attempt, question) for attempt in ended if (question := attempt.end_turn()) is not None]
+                answers = self.environments.ask([question for _, question in speaking])
+                for (attempt, _), answer in zip(speaking, answers, strict=True):
+                    if attempt.hear(answer):
+                        by_request[attempt.ask()] = attempt
+        finally:
+            for request in by_request:
+                self.engine.cancel(request)
         return [attempt.trajectory for attempt in attempts]
 
     def answer_ids(self, problem: Problem, messages: Sequence[Message]) -> list[int]:
@@ -132,81 +150,89 @@ class _Attempt:
 
     def __init__(self, rollouts: Rollouts, problem: Problem, seed: int):
         self.rollouts, self.problem, self.seed = rollouts, problem, seed
-        self.episode: Episode = problem.start()
-        ids = rollouts._render(problem.messages, problem)
-        self.trajectory = Trajectory(problem, [], [], [], [])
-        self._append(ids)
+        self.environment = Environment(problem)
+        self.trajectory = Trajectory(problem, [], [], [], [], temperature=rollouts.limits.temperature)
+        self._append(rollouts._render(problem.messages, problem))
         self.text, self.finish = "", ""
+        self.experts: list[Tensor] = []  # of this turn, from the first id on
+
+    def has_room(self) -> bool:
+        """For an answer to the problem; without, the attempt has failed before it began."""
+        if self._room >= 1:
+            return True
+        length, context = len(self.trajectory.ids), self.rollouts.context
+        return self._fail(Failure("context", f"the problem's {length} tokens leave no room for an answer in {context}"))
 
     def ask(self) -> int:
         """Queue the next turn -> the id of the request."""
-        trajectory, limits = self.trajectory, self.rollouts.limits
-        room = self._room
-        if room < 1:
-            raise ValueError(
-                f"a problem of family {self.problem.family} has {len(trajectory.ids)} tokens: the model's positions leave no "
-                "room for an answer; wanted easier problems, or a model with more positions"
-            )
-        self.text = ""
+        limits = self.rollouts.limits
+        self.text, self.experts = "", []
         return self.rollouts.engine.add(
-            trajectory.ids,
+            self.trajectory.ids,
             SamplingParams(
                 temperature=limits.temperature,
                 # A draw depends on seed and position, so that turns, which stand elsewhere, may share the seed.
                 seed=self.seed,
-                max_tokens=min(limits.tokens, room),
+                max_tokens=min(limits.tokens, self._room),
                 logprobs=0,
+                at_temperature=True,
+                return_experts=self.rollouts.records_experts,
             ),
         )
 
     @property
     def _room(self) -> int:
-        return self.rollouts.engine.model.config.max_position_embeddings - len(self.trajectory.ids) + 1
+        return self.rollouts.context - len(self.trajectory.ids) + 1
 
     def take(self, output: RequestOutput) -> None:
         version = self.rollouts.engine.weights_version
         self._append(output.new_ids, output.logprobs, version)
         self.text += output.text
+        if output.experts is not None:
+            self.experts.append(output.experts.to(torch.int16))
         self.finish = output.finish_reason or ""
 
-    def answer(self) -> bool:
-        """The turn has ended: the world answers -> whether the policy is asked again."""
-        trajectory, tools = self.trajectory, self.problem.tools
+    def end_turn(self) -> Callable[[], Answer | Failure] | None:
+        """The policy has spoken -> what to ask the environment; None if the attempt has ended without it."""
+        trajectory, tools, limits = self.trajectory, self.problem.tools, self.rollouts.limits
+        if self.experts:  # earlier turns are computed again, but what was sampled then has seen the experts of then
+            known = trajectory.experts
+            parts = self.experts if known is None else [known, torch.cat(self.experts)[len(known) :]]
+            trajectory.experts = torch.cat(parts)
         if self.finish == "length":
-            return self._ended("length")
+            return self._lose("length", "cut off")
         try:
             message = parse(self.text, tools or None)
         except ChatError:
-            if tools and self.rollouts.limits.format_penalty:
-                return self._ended("malformed")
+            if tools and limits.format_penalty:
+                return self._lose("malformed", "a malformed call")
             message = {"role": "assistant", "content": self.text}
         trajectory.response.append(message)
-        try:
-            follows = self.episode.step(message)
-            trajectory.response += follows
-            if self.episode.done:
-                return self._ended("done")
-            if trajectory.turns >= self.rollouts.limits.turns:
-                return self._ended("turns")
-            ids = self.rollouts.answer_ids(self.problem, follows)
-        except (OSError, SandboxError) as error:  # not the policy's fault
-            trajectory.end = "failed"
-            trajectory.response.append({"role": "tool", "content": f"environment failed: {error}"})
-            return False
-        if trajectory.ids[-1] != ids[0]:  # it named another speaker than the one whose turn it is
-            return self._ended("malformed")
-        self._append(ids[1:])
-        return self._room >= 1 or self._ended("length")
+        return partial(self.environment.answer, list(trajectory.response), trajectory.turns >= limits.turns)
 
-    def _ended(self, end: End) -> bool:
+    def hear(self, answer: Answer | Failure) -> bool:
+        """The environment has spoken -> whether the policy is asked again."""
         trajectory = self.trajectory
-        trajectory.end = end
-        if end == "malformed":
-            trajectory.verdict = Verdict(0.0, ("a malformed call",))
-        elif end == "length":
-            trajectory.verdict = Verdict(0.0, ("cut off",))
-        else:
-            trajectory.verdict = self.problem.verify(trajectory.response)
+        if isinstance(answer, Failure):
+            return self._fail(answer)
+        trajectory.response += answer.follows
+        if answer.verdict is not None:
+            trajectory.end, trajectory.verdict = "done" if answer.done else "turns", answer.verdict
+            return False
+        ids = self.rollouts.answer_ids(self.problem, answer.follows)
+        if trajectory.ids[-1] != ids[0]:  # it named another speaker than the one whose turn it is
+            self._lose("malformed", "a malformed call")
+            return False
+        self._append(ids[1:])
+        if self._room < 1:
+            self._lose("length", "cut off")
+        return self._room >= 1
+
+    def _lose(self, end: End, reason: str) -> None:
+        self.trajectory.end, self.trajectory.verdict = end, Verdict(0.0, (reason,))
+
+    def _fail(self, failure: Failure) -> bool:
+        self.trajectory.end, self.trajectory.failure = "failed", failure
         return False
 
     def _append(self, ids: list[int], log_probs: list[float] | None = None, version: int = -1) -> None:

@@ -15,10 +15,10 @@ import multiprocessing
 import os
 import statistics
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -28,6 +28,9 @@ from minglm.train.recipe import Recipe
 
 # Two-sided 95% quantiles of Student's t for 1, 2, 3, ... degrees of freedom.
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class RunResult:
 
 
 def parse_variation(text: str) -> tuple[str, list[Any]]:
-    """`optimizer.kind=muon,adamw` -> the key's path and its values, each read as TOML where it is that, else as a string."""
+    """`optimizer.kind=muon,adamw` -> the key's path and its values, each read as TOML where it is that, else as a string.
+
+    Lists need whole TOML: `sampling.tokens=96,[32,64,96]`.
+    """
     path, separator, values = text.partition("=")
     if not separator or not values:
         raise ConfigError(f"vary = {text!r}: wanted table.key=value,value")
-    return path, [_parse_value(value) for value in values.split(",")]
+    together = _parse_value(f"[{values}]")
+    return path, together if isinstance(together, list) else [_parse_value(value) for value in values.split(",")]
 
 
 def _parse_value(text: str) -> Any:
@@ -63,7 +70,7 @@ def with_value(node: Any, path: str, value: Any) -> Any:
     return build(type(node), values, where=type(node).__name__)
 
 
-def variants(recipe: Recipe, variations: Sequence[str]) -> dict[str, Recipe]:
+def variants(recipe: T, variations: Sequence[str]) -> dict[str, T]:
     """Every combination of the variations' values: label -> recipe. Raises `ConfigError` for keys that do not exist.
 
     A key with a single value changes all variants alike and is left out of the labels.
@@ -87,21 +94,14 @@ def ablate(
     Writes `results.json` and `curves.png` into `folder`; the runs lie beside them and share tokenizer and tokens.
     """
     from minglm.train.preparation import prepare_data
+    from minglm.train.trainer import train
 
     folder = Path(folder).resolve()
     recipe = with_value(recipe, "data.folder", recipe.data.folder or folder / "data")
     grid = variants(recipe, variations)
     folder.mkdir(parents=True, exist_ok=True)
     prepare_data(recipe, folder)
-    jobs = [
-        (with_value(varied, "seed", seed), str(_run_folder(folder, label, seed)), max(1, (os.cpu_count() or 1) // workers))
-        for label, varied in grid.items()
-        for seed in seeds
-    ]
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        for _ in tqdm(pool.imap_unordered(_train_quietly, jobs), total=len(jobs), desc="ablation", unit="run"):
-            pass
-    metrics = {label: [read_metrics(_run_folder(folder, label, s) / "metrics.jsonl") for s in seeds] for label in grid}
+    metrics = run_grid(train, grid, seeds, folder, workers)
     results = {label: [_result(records) for records in runs] for label, runs in metrics.items()}
     plain = {label: [dataclasses.asdict(result) for result in runs] for label, runs in results.items()}
     (folder / "results.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
@@ -109,21 +109,38 @@ def ablate(
     return results
 
 
+def run_grid(
+    run: Callable[[Any, str], Any], grid: Mapping[str, Any], seeds: Sequence[int], folder: Path, workers: int
+) -> dict[str, list[list[dict[str, Any]]]]:
+    """Have `run(recipe, run_folder)` do each recipe of the grid with each seed, `workers` at a time on equal shares of the
+    cores. -> the metrics of the runs by label. What has been done before is not done again.
+
+    run: a function at the top of a module, for other processes find it there; it goes on where it was killed.
+    """
+    jobs = [
+        (run, with_value(varied, "seed", seed), str(_run_folder(folder, label, seed)), max(1, (os.cpu_count() or 1) // workers))
+        for label, varied in grid.items()
+        for seed in seeds
+    ]
+    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for _ in tqdm(pool.imap_unordered(_run_quietly, jobs), total=len(jobs), desc="ablation", unit="run"):
+            pass
+    return {label: [read_metrics(_run_folder(folder, label, s) / "metrics.jsonl") for s in seeds] for label in grid}
+
+
 def _run_folder(folder: Path, label: str, seed: int) -> Path:
     return folder / label.replace("/", "-").replace(" ", "+") / f"seed-{seed}"
 
 
-def _train_quietly(job: tuple[Recipe, str, int]) -> None:
+def _run_quietly(job: tuple[Callable[[Any, str], Any], Any, str, int]) -> None:
     import torch
 
-    from minglm.train.trainer import train
-
-    recipe, run_folder, threads = job
+    run, recipe, run_folder, threads = job
     torch.set_num_threads(threads)
     Path(run_folder).mkdir(parents=True, exist_ok=True)
     with open(Path(run_folder) / "log.txt", "a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            train(recipe, run_folder)
+            run(recipe, run_folder)
 
 
 def _result(records: Sequence[Mapping[str, Any]]) -> RunResult:

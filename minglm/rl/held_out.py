@@ -1,0 +1,69 @@
+"""How good a policy is at problems that it never trains on: one attempt at each."""
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from minglm.config import ConfigError
+from minglm.data.sources import HELD_OUT
+from minglm.evals.interval import Estimate, mean
+from minglm.rl.practice import RLError
+from minglm.rl.recipe import RLRecipe
+from minglm.rl.rollout import Asked, Rollouts, Trajectory
+from minglm.tasks import FAMILIES
+from minglm.tasks.task import Problem, problems
+
+
+class HeldOut(NamedTuple):
+    """rewards: the mean of "all" and of each family with its 95% interval; of attempts with a verdict, as is all else."""
+
+    rewards: dict[str, Estimate]
+    judged: list[Trajectory]
+    failed: int
+
+    def record(self) -> dict[str, Any]:
+        """For metrics.jsonl."""
+        return {
+            "rewards": {name: [e.value, e.low, e.high] for name, e in self.rewards.items()},
+            "length": statistics.fmean(one.length for one in self.judged),
+            "ends": dict(Counter(one.end for one in self.judged)),
+            "failed": self.failed,
+        }
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {estimate.text()}" for name, estimate in self.rewards.items())
+
+
+def attempt_held_out(rollouts: Rollouts, asked: Sequence[Problem]) -> HeldOut:
+    """One attempt at each, the same draws every time. Families of which every attempt has failed are left out; raises RLError
+    where all have."""
+    attempts = rollouts.collect([Asked(problem, number) for number, problem in enumerate(asked)])
+    judged = [one for one in attempts if one.verdict is not None]
+    if not judged:
+        raise RLError(f"all {len(attempts)} attempts at held-out problems have failed, one of them by {attempts[0].failure}")
+    rewards = {"all": [one.verdict.reward for one in judged]}
+    for one in judged:
+        rewards.setdefault(one.problem.family, []).append(one.verdict.reward)
+    return HeldOut({name: mean(own) for name, own in rewards.items()}, judged, len(attempts) - len(judged))
+
+
+def set_aside(recipe: RLRecipe) -> tuple[list[Problem], list[Problem]]:
+    """Held-out problems: those that judge the run, and others, by which a dynamic temperature is chosen; as many of each
+    family. Raises ConfigError where there are no others."""
+    judging, choosing, count = [], [], recipe.evaluation_problems
+    for family, levels in recipe.tasks.levels.items():
+        stream = problems(FAMILIES[family], HELD_OUT, recipe.seed, levels)
+        first = list(islice(stream, count))
+        judging += first
+        if recipe.sampling.temperatures:
+            known = {problem.key for problem in first}
+            others = list(islice((problem for problem in islice(stream, 100 * count) if problem.key not in known), count))
+            if not others:
+                raise ConfigError(
+                    f"sampling.temperatures: {family} has no held-out problems to choose by beside the {count} that judge; "
+                    "wanted fewer evaluation_problems, or more difficulties"
+                )
+            choosing += others
+    return judging, choosing

@@ -1,0 +1,78 @@
+"""What a run writes down of its attempts: the numbers of a step for metrics.jsonl, and every attempt as text."""
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minglm.rl.practice import Practice
+from minglm.rl.rollout import Trajectory
+from minglm.tokenizer import Tokenizer
+
+
+def pass_at(k: int, attempts: int, solved: int) -> float:
+    """The unbiased estimate of the chance that one of k attempts solves a problem of which `solved` of `attempts` did (Codex,
+    2107.03374, section 2.1): 1 - C(n - c, k) / C(n, k). Raises ValueError for more than there are."""
+    if not 1 <= k <= attempts or not 0 <= solved <= attempts:
+        raise ValueError(f"pass@{k} of {solved} solved in {attempts} attempts: wanted k from 1 to the attempts made")
+    return 1.0 - math.comb(attempts - solved, k) / math.comb(attempts, k)
+
+
+def passes(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
+    """pass@1, 2, 4, ... up to the size of a group, the mean over groups; solved is a reward of 1. Empty without groups."""
+    size = min(map(len, groups), default=0)
+    ks = [2**power for power in range(size.bit_length())]
+    solved = [sum(one.verdict.reward >= 1 for one in group) for group in groups]
+    return {str(k): statistics.fmean(pass_at(k, len(g), c) for g, c in zip(groups, solved, strict=True)) for k in ks}
+
+
+def record_of(practice: Practice) -> dict[str, Any]:
+    """The numbers of what a step has sampled; rewards and lengths are means over attempts with a verdict."""
+    judged = practice.judged
+    return {
+        "reward": statistics.fmean(one.verdict.reward for one in judged),
+        "reward_by_family": by_family(judged),
+        "pass_at": passes(practice.whole),
+        "length": statistics.fmean(one.length for one in judged),
+        "turns": statistics.fmean(one.turns for one in judged),
+        "ends": dict(Counter(one.end for one in judged)),
+        "attempts": len(judged),
+        "trained_on": len(practice.trajectories),
+        "rounds": practice.rounds,
+        "groups_without_spread": practice.without_spread,
+        "failed": len(practice.failed),
+        "failures": practice.failures,
+    }
+
+
+def by_family(judged: Sequence[Trajectory]) -> dict[str, float]:
+    """The mean reward of each family's attempts."""
+    rewards: dict[str, list[float]] = {}
+    for one in judged:
+        rewards.setdefault(one.problem.family, []).append(one.verdict.reward)
+    return {family: statistics.fmean(own) for family, own in rewards.items()}
+
+
+def write_rollouts(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, folder: Path, step: int) -> None:
+    """What was asked and answered, one attempt a line, in step-N.jsonl; an attempt that has failed has no reward."""
+    folder.mkdir(exist_ok=True)
+    lines = (
+        json.dumps(
+            {
+                "family": one.problem.family,
+                "messages": one.problem.messages,
+                "response": one.response,
+                "text": tokenizer.decode(one.ids),
+                "reward": one.verdict and one.verdict.reward,
+                "reasons": one.verdict.reasons if one.verdict else (str(one.failure),),
+                "end": one.end,
+                "length": one.length,
+            },
+            ensure_ascii=False,
+        )
+        for one in trajectories
+    )
+    (folder / f"step-{step}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

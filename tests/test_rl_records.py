@@ -1,0 +1,52 @@
+"""What a step writes down: pass@k as it is defined, and attempts with and without a verdict."""
+
+import itertools
+import json
+import statistics
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_rl_rollout import TOKENIZER, Echo
+
+from minglm.rl.environment import Failure
+from minglm.rl.practice import Practice
+from minglm.rl.records import pass_at, passes, record_of, write_rollouts
+from minglm.rl.rollout import Trajectory
+from minglm.tasks.task import Verdict
+
+
+def attempt(reward: float | None) -> Trajectory:
+    verdict = None if reward is None else Verdict(reward, ("why",))
+    failure = Failure("time-out", "no answer within 1 s") if reward is None else None
+    ids = [5, 6, 7]
+    end = "failed" if reward is None else "done"
+    return Trajectory(Echo(1, False), ids, [False, True, True], [0.0] * 3, [0] * 3, [], verdict, end, failure)
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=7), st.integers(1, 7))
+def test_pass_at_k_is_the_share_of_choices_of_k_attempts_with_one_that_solves(solved, k):
+    if k > len(solved):
+        with pytest.raises(ValueError, match="wanted k from 1"):
+            pass_at(k, len(solved), sum(solved))
+        return
+    wanted = statistics.fmean(any(chosen) for chosen in itertools.combinations(solved, k))
+    assert pass_at(k, len(solved), sum(solved)) == pytest.approx(wanted)
+
+
+def test_pass_at_k_is_the_mean_over_problems_and_partial_rewards_solve_nothing():
+    groups = [[attempt(reward) for reward in rewards] for rewards in ([1.0, 0.0, 0.9, 0.0], [0.5] * 4)]
+    assert passes(groups) == pytest.approx({"1": 1 / 8, "2": 1 / 4, "4": 1 / 2})
+    assert passes([]) == {}
+
+
+def test_failed_attempts_are_counted_by_kind_and_have_no_share_in_any_mean(tmp_path):
+    well = [attempt(1.0), attempt(0.5)]
+    practice = Practice([well], well, [attempt(None)] * 3, [well], [("echo", 1)] * 2, 1, 0)
+    record = record_of(practice)
+    assert record["reward"] == 0.75 and record["attempts"] == 2 and record["length"] == 2
+    assert record["failed"] == 3 and record["failures"] == {"time-out": 3} and record["pass_at"] == {"1": 0.5, "2": 1.0}
+    write_rollouts([*practice.judged, *practice.failed], TOKENIZER, tmp_path / "rollouts", 7)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step-7.jsonl").read_text().splitlines()]
+    assert [line["reward"] for line in lines] == [1.0, 0.5, None, None, None]
+    assert lines[0]["reasons"] == ["why"] and lines[2]["reasons"] == ["time-out: no answer within 1 s"]
