@@ -31,6 +31,7 @@ from minglm.rl.learner import PolicyLearner
 from minglm.rl.objective import SPREAD, formula
 from minglm.rl.plots import plot_run
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
+from minglm.rl.rewards import by_source, combined
 from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory, groups_of
 from minglm.tasks import FAMILIES
 from minglm.tasks.task import problems
@@ -111,6 +112,7 @@ class Loop:
         )
         self.engine.weights_version = self.step  # counts steps, also over a resumption
         self.rollouts = Rollouts(self.engine, tokenizer, self.limits)
+        self.rewards = combined(recipe.rewards, device.torch_device)
         self.held_out = [
             problem
             for family, levels in recipe.tasks.levels.items()
@@ -164,6 +166,7 @@ class Loop:
         record |= {
             "reward": statistics.fmean(rewards),
             "reward_by_family": _by_family(everything),
+            "reward_by_source": by_source(everything),
             "length": statistics.fmean(one.length for one in everything),
             "turns": statistics.fmean(one.turns for one in everything),
             "ends": dict(Counter(one.end for one in everything)),
@@ -195,7 +198,7 @@ class Loop:
             ]
             drawn += missing
             found.rounds += 1
-            attempts = self.rollouts.collect(asked)
+            attempts = self.rewards.applied(self.rollouts.collect(asked))
             for (pool, _), group in zip(problems_now, groups_of(attempts, size), strict=True):
                 failed = sum(one.verdict is None for one in group)
                 found.failed += failed
@@ -212,7 +215,8 @@ class Loop:
                 found.pools.append(pool)
         if not found.judged:
             raise RLError(
-                f"step {self.step}: the environments of all {found.failed} attempts failed; nothing was learnt or lost"
+                f"step {self.step}: none of {found.failed} attempts has a verdict, for environments or sources of rewards "
+                "failed; nothing was learnt or lost"
             )
         self.curriculum.learn(seen, [one.verdict.reward for one in found.judged])
         return found
@@ -220,7 +224,7 @@ class Loop:
     def evaluate(self, bar: tqdm) -> None:
         """Record the mean reward on held-out problems, one attempt each, with 95% intervals."""
         asked = [Asked(problem, number) for number, problem in enumerate(self.held_out)]
-        attempts = [one for one in self.rollouts.collect(asked) if one.verdict is not None]
+        attempts = [one for one in self.rewards.applied(self.rollouts.collect(asked)) if one.verdict is not None]
         estimates = {"all": mean([one.verdict.reward for one in attempts])}
         for family in self.recipe.tasks.levels:
             own = [one.verdict.reward for one in attempts if one.problem.family == family]
@@ -228,7 +232,8 @@ class Loop:
         record = {name: [e.value, e.low, e.high] for name, e in estimates.items()}
         ends = dict(Counter(one.end for one in attempts))
         length = statistics.fmean(one.length for one in attempts)
-        self.metrics.write({"step": self.step, "kind": "held_out", "rewards": record, "length": length, "ends": ends})
+        own = {"rewards": record, "by_source": by_source(attempts), "length": length, "ends": ends}
+        self.metrics.write({"step": self.step, "kind": "held_out", **own})
         shown = ", ".join(f"{name} {e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for name, e in estimates.items())
         bar.write(f"step {self.step}: held-out reward {shown}")
 
@@ -244,6 +249,7 @@ class Loop:
                     "response": one.response,
                     "text": self.tokenizer.decode(one.ids),
                     "reward": one.verdict.reward,
+                    "parts": one.parts,
                     "reasons": one.verdict.reasons,
                     "end": one.end,
                 },

@@ -42,6 +42,8 @@ class Trajectory:
     response: list[Message] = field(default_factory=list)
     verdict: Verdict | None = None
     end: End = "done"
+    parts: dict[str, float] = field(default_factory=dict)
+    """What each source of rewards has said (minglm.rl.rewards)."""
 
     @property
     def length(self) -> int:

@@ -37,6 +37,7 @@ class Learner:
     """A model, its optimiser, and the step that trains both."""
 
     rank, ranks = 0, 1  # this process, and how many take a step together, each with its own sequences
+    numbers = ("loss", "lm_loss", "mtp_loss", "balance_loss", "gradient_norm")  # that a step returns first, by name
 
     def __init__(self, recipe: Recipe, config: GLMConfig, device: Device, checkpoint: Path | None = None):
         """The model of `config` with weights drawn from the recipe's seed, or those of `checkpoint`.
@@ -64,7 +65,7 @@ class Learner:
         """One optimiser step on this rank's micro-batches; nothing in it makes the host wait for the device.
 
         learning_rate_factor: the part of the peak rate to use. Returns fp32 numbers on the device, of all ranks together:
-        total, lm, mtp and balance loss, gradient norm before clipping, and the maximal violation of each MoE layer.
+        `numbers` (the norm is that before clipping), and the maximal violation of each MoE layer.
         """
         stage = self.stage
         # Each micro-batch is divided by what the whole step holds, so that together they are exactly one big batch.
