@@ -538,7 +538,6 @@ def run_audit(command: Audit) -> int:
     import torch
 
     from minglm.rl.audit import audit, report
-    from minglm.rl.recipe import Rewards
     from minglm.rl.rewards import Verifier, combined, model_source
     from minglm.tasks import FAMILIES
 
@@ -547,8 +546,8 @@ def run_audit(command: Audit) -> int:
         source, right = model_source(_find_checkpoint(command.reward_model), torch.device("cpu")), 0.5
         what = f"the reward model {command.reward_model}"
     elif command.recipe is not None:
-        rewards: Rewards = load_rl_recipe(command.recipe).rewards
-        source, what, right = combined(rewards, torch.device("cpu")), f"the rewards of {command.recipe}", 0.5
+        source = combined(load_rl_recipe(command.recipe).rewards, torch.device("cpu"))
+        what, right = f"the rewards of {command.recipe}", 0.5
     families = command.families or tuple(FAMILIES)
     for family in families:
         if family not in FAMILIES:

@@ -296,11 +296,11 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(base, tmp_path, objecti
 
 def test_a_reward_model_learns_which_answer_is_better(base, tmp_path):
     """Answers that differ in all marks or nearly all: untrained, half are right; trained for some seconds, nearly all."""
-    recipe = small(base, pairs=400, levels=(1, 2), steps=60, learning_rate=2e-2, every=60, tokens=12_000, sequence_length=300)
+    recipe = small(base, pairs=400, levels=(1, 2), steps=24, learning_rate=5e-3, every=24, tokens=12_000, sequence_length=300)
     outcome = train_on_preferences(recipe, tmp_path / "run")
     first, last = held_out(tmp_path / "run")
     assert first["accuracy"][0] == 0.5 and first["loss"] == pytest.approx(math.log(2))
-    assert last["accuracy"][1] > 0.6, last
+    assert last["accuracy"][1] > 0.7, last
     # What is read back scores as what was trained, and a language model is none.
     model, tokenizer = load_reward_model(outcome.checkpoint, torch.device("cpu")), Tokenizer.from_pretrained(base)
     _, chosen, rejected, _ = found = pair(random.Random(9), 5)

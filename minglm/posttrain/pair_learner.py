@@ -4,7 +4,6 @@ A batch holds pairs as `PackedConversations` with together = 2 packs them: a row
 rejected.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,8 @@ from minglm.posttrain.dpo import dpo_loss
 from minglm.posttrain.recipe import RewardRecipe
 from minglm.posttrain.reward_model import RewardModel, ends
 from minglm.train.device import Device
-from minglm.train.learner import Learner, update
+from minglm.train.learner import Learner
+from minglm.train.prefetch import to_device
 from minglm.train.recipe import Recipe
 
 
@@ -61,11 +61,7 @@ class PairLearner(Learner):
             total.backward()
             accuracy = share * right(found.margins).mean()
             numbers += torch.stack([total, preference, found.mtp, found.balance, accuracy]).detach()
-        gradient_norm = self._clip_gradients(self.recipe.optimizer.clip_norm or math.inf)
-        update(self.optimizer, learning_rate_factor)
-        self.expert_load = self.model.expert_load.clone()
-        max_violation = self.model.update_router_bias(stage.router_bias_rate)
-        return torch.cat([numbers, gradient_norm[None], max_violation])
+        return self._finish_step(numbers, learning_rate_factor)
 
     def count_targets(self, batch: Batch) -> LossTotals:
         return self.model.count_targets(_chosen_labels(batch), batch.document_ids)
@@ -75,7 +71,8 @@ class PairLearner(Learner):
         """Of all pairs, row by row, fp32 (pairs,) on the CPU."""
         self.model.eval()
         with self.device.autocast():
-            found = torch.cat([self.loss(batch).margins for batch in batches]).float().cpu()
+            device = self.device.torch_device
+            found = torch.cat([self.loss(to_device(batch, device)).margins for batch in batches]).float().cpu()
         self.model.train()
         return found
 

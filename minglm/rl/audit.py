@@ -22,7 +22,7 @@ from minglm.tasks.task import TRAIN, Message, Problem, final_content, problems, 
 
 GUESSES = 4  # of each problem
 SAME = 1e-5  # differences that a model's arithmetic makes between one batch and another
-NEAR_MISS, THINKING, NON_THINKING, GUESS = "near miss", "gold, thinking", "gold, non-thinking", "guess"
+NEAR_MISS, THINKING, NON_THINKING, GUESS = "near miss", "thinking", "non-thinking", "guess"
 
 Canary = Callable[[Problem, random.Random], list[Message]]
 

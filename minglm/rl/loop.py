@@ -225,10 +225,13 @@ class Loop:
         """Record the mean reward on held-out problems, one attempt each, with 95% intervals."""
         asked = [Asked(problem, number) for number, problem in enumerate(self.held_out)]
         attempts = [one for one in self.rewards.applied(self.rollouts.collect(asked)) if one.verdict is not None]
+        if not attempts:
+            raise RLError(f"step {self.step}: no attempt at a held-out problem has a verdict; see the warnings before this")
         estimates = {"all": mean([one.verdict.reward for one in attempts])}
         for family in self.recipe.tasks.levels:
             own = [one.verdict.reward for one in attempts if one.problem.family == family]
-            estimates[family] = mean(own)
+            if own:
+                estimates[family] = mean(own)
         record = {name: [e.value, e.low, e.high] for name, e in estimates.items()}
         ends = dict(Counter(one.end for one in attempts))
         length = statistics.fmean(one.length for one in attempts)

@@ -49,8 +49,8 @@ def _draw(figure: Figure, steps: Sequence[dict[str, Any]], held_out: Sequence[di
         rewards.plot(*zip(*points, strict=True), ".", markersize=3, label=family)
     rewards.legend(fontsize="small")
     for name in held_out[0]["rewards"] if held_out else ():
-        values = [record["rewards"][name] for record in held_out]
-        at = [record["step"] for record in held_out]
+        judged_then = [record for record in held_out if name in record["rewards"]]
+        values, at = [record["rewards"][name] for record in judged_then], [record["step"] for record in judged_then]
         line = judged.plot(at, [value for value, _, _ in values], "o-", markersize=3, label=name)[0]
         judged.fill_between(at, [v[1] for v in values], [v[2] for v in values], color=line.get_color(), alpha=0.15)
     judged.set_title("Reward on held-out problems, 95% intervals")

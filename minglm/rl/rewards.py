@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 KEY = "MINGLM_GRADER_KEY"  # the environment variable with the endpoint's API key
 AT_ONCE = 16  # questions to the endpoint
 SECONDS = 60.0  # for a grade
+GRADE_TOKENS = 256  # reasons included
 TOKENS_AT_ONCE = 8192  # of the reward model
 
 
@@ -132,7 +133,9 @@ class Grader:
             },
         ]
         try:
-            answer = self.client.chat.completions.create(model=self.name, messages=messages, temperature=0)
+            answer = self.client.chat.completions.create(
+                model=self.name, messages=messages, temperature=0, max_completion_tokens=GRADE_TOKENS
+            )
         except OpenAIError as error:
             return no_verdict(case, "grader", f"{type(error).__name__}: {error}")
         choices = getattr(answer, "choices", None)  # what is no completion at all comes as it is

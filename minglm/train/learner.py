@@ -84,11 +84,15 @@ class Learner:
                 )
             loss.total.backward()
             losses += torch.stack(loss).detach()
+        return self._finish_step(losses, learning_rate_factor)
+
+    def _finish_step(self, losses: Tensor, learning_rate_factor: float) -> Tensor:
+        """With all gradients there: clip, update, balance the experts. losses: this rank's parts. -> what `step` returns."""
         gradient_norm = self._clip_gradients(self.recipe.optimizer.clip_norm or math.inf)
         update(self.optimizer, learning_rate_factor)
         self.model.expert_load.copy_(self.sum_over_ranks(self.model.expert_load))
         self.expert_load = self.model.expert_load.clone()
-        max_violation = self.model.update_router_bias(stage.router_bias_rate)
+        max_violation = self.model.update_router_bias(self.stage.router_bias_rate)
         return torch.cat([self.sum_over_ranks(losses), gradient_norm[None], max_violation])
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
