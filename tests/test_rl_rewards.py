@@ -222,7 +222,10 @@ def test_grades_become_rewards_and_every_failure_becomes_no_verdict(caplog):
         "twice": (200, completion("Grade: 10\nGrade: 2")),
         "above": (200, completion("Grade: 11")),
         "empty": (200, completion(None)),
-        "other": (200, json.dumps({"object": "chat.completion", "choices": []})),
+        "none": (200, json.dumps({"object": "chat.completion", "choices": []})),
+        "number": (200, json.dumps({"choices": 3})),
+        "hollow": (200, json.dumps({"choices": [{}]})),
+        "list": (200, "[]"),
         "html": (200, "<html>busy</html>"),
         "broken": (500, "{}"),
         "refused": (401, "{}"),
@@ -233,9 +236,9 @@ def test_grades_become_rewards_and_every_failure_becomes_no_verdict(caplog):
 
     with endpoint(answer) as (url, asked), caplog.at_level(logging.WARNING):
         found = grader(url).judge([Case(Echo(1, False), reply(name, "a thought")) for name in answers])
-    assert [one and one.reward for one in found] == [0.9, 0.0] + [None] * 8
+    assert [one and one.reward for one in found] == [0.9, 0.0] + [None] * 11
     assert found[0].reasons == ("graded 9 of 10",)
-    assert caplog.text.count("no verdict of the grader for a problem of echo") == 8
+    assert caplog.text.count("no verdict of the grader for a problem of echo") == 11
     assert all("Is it kind?" in one["messages"][0]["content"] and one["temperature"] == 0 for one in asked)
     assert all("say 3" in one["messages"][1]["content"] and "a thought" not in str(one) for one in asked)
 

@@ -136,10 +136,12 @@ class Grader:
             answer = self.client.chat.completions.create(
                 model=self.name, messages=messages, temperature=0, max_completion_tokens=GRADE_TOKENS
             )
-        except OpenAIError as error:
+        except (OpenAIError, ValueError) as error:  # the client lets bodies that are no JSON through as ValueError
             return no_verdict(case, "grader", f"{type(error).__name__}: {error}")
-        choices = getattr(answer, "choices", None)  # what is no completion at all comes as it is
-        content = choices[0].message.content if choices else None
+        try:
+            content = answer.choices[0].message.content
+        except (AttributeError, IndexError, TypeError):  # JSON that is no completion comes as it is
+            content = None
         grade = read_grade(content)
         if grade is None:
             return no_verdict(case, "grader", f"found no single grade from 0 to 10 in {content!r:.200}")
