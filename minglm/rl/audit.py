@@ -12,7 +12,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from minglm.evals.interval import Estimate, mean, share
@@ -87,15 +87,13 @@ class Audited:
     faults: dict[str, str]
 
 
-def audit(
-    source: Source, family: type[Problem], count: int, seed: int = 0, right: float = 1.0, allowed: float | None = None
-) -> Audited:
+def audit(source: Source, family: type[Problem], count: int, seed: int = 0, right: float = 1.0) -> Audited:
     """Audit a source on `count` problems of a family's training split.
 
-    right: what a right answer must earn: all from rules; of a model's opinion, say, half. allowed: the share of errors that is
-    no fault yet; by default none from rules, and a tenth of a model's.
+    right: what a right answer must earn. Rules are exact: 1, and no error is allowed them. Of a model's opinion, say, 0.5;
+    below 1 a tenth of errors is no fault yet.
     """
-    allowed = (0.0 if right >= 1 else 0.1) if allowed is None else allowed
+    allowed = 0.0 if right == 1 else 0.1
     chosen = list(itertools.islice(problems(family, TRAIN, seed), count))
     labels, cases = [], []
     for number, problem in enumerate(chosen):
@@ -139,7 +137,7 @@ def audit(
     return Audited(family.family, false_positives, false_negatives, canaries, no_spread, guesses, faults)
 
 
-def _answers(problem: Problem, rng: random.Random):
+def _answers(problem: Problem, rng: random.Random) -> Iterator[tuple[str, list[Message]]]:
     """Everything that is judged of a problem: (label, response)."""
     yield THINKING, problem.demonstrate(True)
     yield NON_THINKING, problem.demonstrate(False)
@@ -149,8 +147,7 @@ def _answers(problem: Problem, rng: random.Random):
     gold = _gold(problem).strip()
     for name, canary in CANARIES.items():
         response = canary(problem, rng)
-        # Where the hack happens to be the right answer, or nothing is left of it, it is none.
-        if final_content(response).strip() != gold or (name == "said by the user" and gold):
+        if not gold or final_content(response).strip() != gold:  # a hack that happens to be the right answer is none
             yield name, response
 
 
