@@ -16,7 +16,7 @@ from tyro.conf import Positional, arg, subcommand
 
 from minglm.config import ConfigError, GLMConfig
 from minglm.evals.command import Eval, run_eval
-from minglm.posttrain.recipe import SFTRecipe, load_sft_recipe
+from minglm.posttrain.recipe import RewardRecipe, SFTRecipe, load_reward_recipe, load_sft_recipe
 from minglm.rl.recipe import RLRecipe, load_rl_recipe
 from minglm.train.recipe import Recipe, find_config, load_recipe
 
@@ -113,6 +113,41 @@ class SFT:
     """Refuse to start anew if there is no checkpoint to go on from."""
     lint: bool = False
     """Only check the conversations and count them."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """Learn from preferences, pairs of answers of which one is better: a reward model, or the policy itself by DPO.
+
+    Any key of the recipe can be overridden: --objective dpo, --preferences.files my.jsonl. Run again, it goes on from the
+    newest checkpoint.
+    """
+
+    recipe: Annotated[RewardRecipe, arg(name="")]
+    recipe_file: Annotated[str, arg(name="recipe")] = "nano"
+    """nano or a path; runs/NAME/config.toml goes on with that run."""
+    run_folder: Path | None = None
+    """Where everything is written (runs/, the base's name and -reward or -dpo)."""
+    resume: bool = False
+    """Refuse to start anew if there is no checkpoint to go on from."""
+    lint: bool = False
+    """Only check the pairs and count them."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Can these rewards be fooled? Right answers, near misses and canaries for hacking, judged by each family's verifier, or by
+    a reward model or by all that an RL recipe combines."""
+
+    families: Annotated[Positional[tuple[str, ...]], arg(metavar="FAMILY")] = ()
+    """Of problems (by default all)."""
+    reward_model: Path | None = None
+    """Audit this reward model, a run folder or a checkpoint, instead of the verifiers."""
+    recipe: Path | None = None
+    """Audit the rewards of this RL recipe instead."""
+    problems: int = 32
+    """Of each family."""
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -268,6 +303,8 @@ def main(arguments: list[str] | None = None) -> int:
             Train: run_train,
             Ablate: run_ablate,
             SFT: run_sft,
+            Reward: run_reward,
+            Audit: run_audit,
             RL: run_rl,
             AblateRL: run_ablate_rl,
             Eval: run_eval,
@@ -292,18 +329,21 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parse(
     arguments: list[str],
-) -> Demo | Train | Ablate | SFT | RL | AblateRL | Eval | Params | Bench | Race | Chat | Serve | Convert:
-    """After `train RECIPE`, and with `--recipe RECIPE` in `sft` and `rl`, that recipe's values are the defaults of the options;
-    else nano's."""
+) -> Demo | Train | Ablate | SFT | Reward | Audit | RL | AblateRL | Eval | Params | Bench | Race | Chat | Serve | Convert:
+    """After `train RECIPE`, and with `--recipe RECIPE` in `sft`, `reward` and `rl`, that recipe's values are the defaults of
+    the options; else nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
     recipe = load_recipe("nano" if not name or name.startswith("-") else name)
     sft_recipe = load_sft_recipe(_option(arguments, "--recipe") or "nano" if arguments[0] == "sft" else "nano")
+    reward_recipe = load_reward_recipe(_option(arguments, "--recipe") or "nano" if arguments[0] == "reward" else "nano")
     rl_recipe = load_rl_recipe(_option(arguments, "--recipe") or "nano" if arguments[0] == "rl" else "nano")
     commands = (
         Annotated[Demo, subcommand("demo")]
         | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
         | Annotated[Ablate, subcommand("ablate")]
         | Annotated[SFT, subcommand("sft", default=SFT(sft_recipe))]
+        | Annotated[Reward, subcommand("reward", default=Reward(reward_recipe))]
+        | Annotated[Audit, subcommand("audit")]
         | Annotated[RL, subcommand("rl", default=RL(rl_recipe))]
         | Annotated[AblateRL, subcommand("ablate-rl")]
         | Annotated[Eval, subcommand("eval")]
@@ -441,7 +481,7 @@ def _stopped(outcome: "Outcome", command: str) -> int:
     return 128 + outcome.stopped_by
 
 
-def _base_and_folder(command: SFT | RL, name: str) -> tuple[Path, Path]:
+def _base_and_folder(command: SFT | Reward | RL, name: str) -> tuple[Path, Path]:
     """The model that a command of post-training starts from, and where it writes. Raises `ConfigError` without a model."""
     if command.recipe.base is None:
         raise ConfigError(f"{name}: wanted the model to start from: a run folder, or a Hugging Face folder")
@@ -486,6 +526,68 @@ to try next:
   {PROGRAM} eval {folder} --suite chat
   {PROGRAM} rl {folder}""")
     return 0
+
+
+def run_reward(command: Reward) -> int:
+    from minglm.posttrain.preferences import preference_data
+    from minglm.posttrain.reward import train_on_preferences
+    from minglm.tokenizer import Tokenizer
+    from minglm.train.metrics import read_metrics
+    from minglm.train.run_folder import RunFolder
+
+    is_policy = command.recipe.objective == "dpo"
+    base, folder = _base_and_folder(command, "dpo" if is_policy else "reward")
+    recipe = replace(command.recipe, base=base)
+    if command.lint:
+        print(f"reward: the pairs of {command.recipe_file} as {base} reads them, two answers each; nothing is written\n")
+        data = preference_data(recipe, Tokenizer.from_pretrained(base))
+        print(f"{data.training.table()}\n\nheld out:\n\n{data.held_out.table()}")
+        data.refuse_faults()
+        return 0
+    print(f"reward: {base} by {command.recipe_file} ({recipe.objective}); everything is written to {folder}\n")
+    outcome = train_on_preferences(recipe, folder, command.resume)
+    run = RunFolder(folder)
+    if outcome.stopped_by is not None:
+        return _stopped(outcome, f"reward --recipe {run.config}")
+    held_out = [record for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
+    first, last = ("{:.3f} ({:.3f} to {:.3f})".format(*record["accuracy"]) for record in (held_out[0], held_out[-1]))
+    error, pairs = held_out[-1]["calibration_error"], held_out[-1]["pairs"]
+    print(f"""
+{pairs} held-out pairs: accuracy from {first} to {last}, 95% intervals; calibration error {error:.3f}
+
+made:
+  {run.overview}    plots: loss, accuracy, reliability
+  {outcome.checkpoint}    the {"policy: a" if is_policy else "reward model: GLM's trunk with a score, a"} Hugging Face folder
+  {run.metrics}    every number
+  {run.config}    the recipe, with every default
+
+to try next:
+  {PROGRAM} {f"chat {folder}" if is_policy else f"rl {base} --recipe style --rewards.model-folder {folder}"}""")
+    return 0
+
+
+def run_audit(command: Audit) -> int:
+    import torch
+
+    from minglm.rl.audit import audit, report
+    from minglm.rl.rewards import Verifier, combined, model_source
+    from minglm.tasks import FAMILIES
+
+    source, what, right = Verifier(), "each family's verifier", 1.0
+    if command.reward_model is not None:
+        source, right = model_source(_find_checkpoint(command.reward_model), torch.device("cpu")), 0.5
+        what = f"the reward model {command.reward_model}"
+    elif command.recipe is not None:
+        source = combined(load_rl_recipe(command.recipe).rewards, torch.device("cpu"))
+        what, right = f"the rewards of {command.recipe}", 0.5
+    families = command.families or tuple(FAMILIES)
+    for family in families:
+        if family not in FAMILIES:
+            raise ConfigError(f"audit: found {family!r}; wanted some of {', '.join(FAMILIES)}")
+    print(f"audit: {what}, {command.problems} problems of each family\n")
+    found = [audit(source, FAMILIES[family], command.problems, command.seed, right) for family in families]
+    print(report(found))
+    return 1 if any(one.faults for one in found) else 0
 
 
 def run_rl(command: RL) -> int:

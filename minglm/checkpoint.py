@@ -269,16 +269,22 @@ def sha256_of(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> GLM:
+def load_model(
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    make: Callable[[GLMConfig], GLM] = GLM,
+) -> GLM:
     """Read a Hugging Face folder, tensor by tensor: the memory of one model and one mapped shard is enough.
 
     dtype None: as in the file, and FP8 weights (e4m3 with `weight_scale_inv` per block of 128 x 128, or `weight_scale`
     per row or block) become the dtype that config.json names, or else bf16. Routing biases are fp32 always.
-    A folder without the MTP layer gives a warning and a model with `mtp` None. Raises `CheckpointError` that names the
+    make: another class with the same way of saving, whose folder this is. A folder without the MTP layer gives a warning and a
+    model with `mtp` None. Raises `CheckpointError` that names the
     file for damage, and one that lists all tensors which are missing, unexpected or misshapen; `ConfigError` for a
     config.json that cannot be used.
     """
-    model, stored = _open_folder(folder)
+    model, stored = _open_folder(folder, make)
     pieces = tensor_map(model)
     dtypes: dict[str, torch.dtype] = {}  # of a stack: the widest that any of its experts has
     for name, piece in pieces.items():
@@ -412,7 +418,7 @@ class _StoredWeights:
         )
 
 
-def _open_folder(folder: str | Path) -> tuple[GLM, _StoredWeights]:
+def _open_folder(folder: str | Path, make: Callable[[GLMConfig], GLM] = GLM) -> tuple[GLM, _StoredWeights]:
     """The model of a folder, on the meta device, and the folder's weights, which have been checked to fit it."""
     folder = Path(folder)
     if not folder.is_dir() and _aside(folder).is_dir():
@@ -430,7 +436,7 @@ def _open_folder(folder: str | Path) -> tuple[GLM, _StoredWeights]:
         warnings.warn(f"{folder}: no MTP layer in the files, so the model has none", stacklevel=3)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
     with torch.device("meta"):
-        model = GLM(config)
+        model = make(config)
     state = model.state_dict()
     copies = _readable_copies(config)
     stored.check({name: tuple(piece.view(state).shape) for name, piece in tensor_map(model).items()}, copies)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.tasks.general import Safety, StylePreference, Translation, pair, style_score
+from minglm.tasks.general import Safety, StyleAnswer, StylePreference, Translation, pair, style_score
 from minglm.tasks.general.languages import (
     ADJECTIVES,
     FORMS,
@@ -220,6 +220,22 @@ def test_a_pair_stands_in_one_order_only_so_that_none_is_in_both_splits_turned_r
         pair = (problem.things, problem.town, problem.variants)  # at this difficulty all that differs
         assert seen.setdefault(pair, problem) == problem
     assert len(seen) < 3_000  # some came twice
+
+
+@given(seeds, st.integers(1, 3))
+def test_an_open_question_is_answered_rightly_in_any_style_and_only_about_what_was_asked(seed, difficulty):
+    rng = random.Random(seed)
+    pairs = StylePreference.sample(rng, {1: 1, 2: 3, 3: 5}[difficulty])
+    asked = StyleAnswer(pairs.things, pairs.town, pairs.variants, pairs.first)
+    assert asked.messages == pairs.preference.messages
+    for [answer] in (pairs.preference.chosen, pairs.preference.rejected):
+        assert asked.verify([answer]).reward == 1
+        stuffed = {**answer, "content": answer["content"] + " clearly surely truly."}
+        assert asked.verify([stuffed]).reasons == (
+            "not in the form of an answer: opening, what is said of each thing, closing",
+        )
+    told = asked.near_miss(rng)[0]["content"]
+    assert style_score(told) == 1 and asked.verify(asked.near_miss(rng)).reasons[0].startswith("speaks of ")
 
 
 def test_an_impossible_margin_is_refused_by_name():

@@ -18,7 +18,7 @@ from minglm.tokenizer import SPECIAL_TOKENS, Tokenizer
 ROLES = ("system", "user", "assistant", "tool")
 MARK = re.compile("|".join(map(re.escape, sorted(SPECIAL_TOKENS, key=len, reverse=True))))
 FAULTS = {
-    "json": "not a JSON object with messages, tools and thinking",
+    "json": "not a JSON object with messages (of pairs also chosen and rejected), tools and thinking",
     "role": "unknown role",
     "format": "not in OpenAI's format",
     "empty mask": "nothing to learn: no token is the model's",
@@ -29,6 +29,7 @@ FAULTS = {
     "unanswered call": "a call without its result",
     "arguments": "arguments that are not JSON, or not as the tool's schema says",
     "mode": "a thinking that contradicts the mode",
+    "pair": "two answers of which none can be preferred",
     "too long": "longer than a row",
 }
 
@@ -53,25 +54,38 @@ class Sample:
 
 def read_samples(path: Path) -> Iterator[Sample | LintError]:
     """The samples of a JSONL file in order, and an error in the place of each line that holds none; blank lines are none."""
+    for where, found in read_objects(path, ("messages",)):
+        yield found if isinstance(found, LintError) else sample_of(found, where, found["messages"])
+
+
+def sample_of(found: Mapping[str, Any], where: str, messages: Sequence[Mapping[str, Any]]) -> Sample:
+    """A conversation with the tools and the mode of a line."""
+    return Sample(messages, where, found.get("tools") or [], found.get("thinking"))
+
+
+def read_objects(path: Path, lists: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | LintError]]:
+    """Place and content of each line of a JSONL file that is not blank: an object with these lists, or what is wrong."""
     number = 0
     with path.open(encoding="utf-8", errors="surrogateescape") as file:
         for line_number, line in enumerate(file, 1):
             if line.strip():
                 number += 1
-                yield _read_line(line, f"{path}, line {line_number}, sample {number}")
+                where = f"{path}, line {line_number}, sample {number}"
+                yield where, _read_line(line, where, lists)
 
 
-def _read_line(line: str, where: str) -> Sample | LintError:
+def _read_line(line: str, where: str, lists: Sequence[str]) -> dict[str, Any] | LintError:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         return LintError(where, "json", f"{error}")
-    if not isinstance(found, dict) or not isinstance(found.get("messages"), list):
-        return LintError(where, "json", f'found {line.strip()[:60]!r}; wanted an object with "messages", a list')
-    thinking, tools = found.get("thinking"), found.get("tools") or []
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), list) for key in lists):
+        wanted = ", ".join(f'"{key}"' for key in lists) + (", lists" if len(lists) > 1 else ", a list")
+        return LintError(where, "json", f"found {line.strip()[:60]!r}; wanted an object with {wanted}")
+    thinking = found.get("thinking")
     if thinking is not None and not isinstance(thinking, bool):
         return LintError(where, "json", f'"thinking" is {thinking!r:.60}; wanted true, false or null')
-    return Sample(found["messages"], where, tools, thinking)
+    return found
 
 
 def lint(sample: Sample, tokenizer: Tokenizer, longest: int) -> Rendered:

@@ -1,9 +1,11 @@
-"""A recipe of supervised fine-tuning, in one TOML file (examples in `configs/sft/`). Nothing here needs torch."""
+"""Recipes of fine-tuning and of learning from preferences, each in one TOML file (examples in `configs/sft/` and
+`configs/reward/`). Nothing here needs torch."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
@@ -70,6 +72,11 @@ class Conversations:
         return {"thinking": self.thinking, "non-thinking": self.non_thinking, "automatic": self.automatic}
 
 
+Router = Literal["update", "sequence_loss_only", "freeze"]
+"""Balance of the experts. update: loss-free balancing goes on, and the sequence-level loss with it; sequence_loss_only: the
+selection bias stays as it is; freeze: neither."""
+
+
 @dataclass(frozen=True)
 class LoRA:
     """Learn thin matrices beside frozen weights instead of the weights (minglm.posttrain.lora). Checkpoints are merged."""
@@ -94,9 +101,7 @@ class SFTRecipe:
     """The model to start from: a run folder, or a Hugging Face folder with its tokenizer."""
     seed: int = 1
     """Everything random hangs on it."""
-    router: Literal["update", "sequence_loss_only", "freeze"] = "sequence_loss_only"
-    """Balance of the experts. update: loss-free balancing goes on, and the sequence-level loss with it; sequence_loss_only:
-    the selection bias stays as it is; freeze: neither."""
+    router: Router = "sequence_loss_only"
     lora: LoRA = field(default_factory=LoRA)
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
@@ -114,22 +119,86 @@ class SFTRecipe:
 
     def as_training(self, model: GLMConfig) -> Recipe:
         """As the trainer reads it, for a base of this architecture. Raises `ConfigError` for what does not fit together."""
-        training = dataclasses.replace(
-            self.training,
-            router_bias_rate=self.training.router_bias_rate if self.router == "update" else 0.0,
-            balance_weight=0.0 if self.router == "freeze" else self.training.balance_weight,
-        )
-        return Recipe(
-            model,
-            training,
-            seed=self.seed,
-            optimizer=self.optimizer,
-            schedule=self.schedule,
-            evaluation=self.evaluation,
-            samples=Samples(prompts=()),
-            checkpoints=self.checkpoints,
-            hardware=self.hardware,
-        )
+        return _as_training(self, model)
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What to learn from: pairs of answers to one conversation, of which one is preferred."""
+
+    pairs: int
+    """To train on; they are packed into rows, which repeat when all have been read."""
+    levels: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Difficulties of the style family's pairs (minglm.tasks.general.style), all equally often; none: only files."""
+    files: tuple[Path, ...] = ()
+    """Own pairs, JSONL: {"messages": [...], "chosen": [...], "rejected": [...]} a line, each a list of messages, perhaps with
+    "tools" and "thinking". In a recipe file paths start from that file's folder."""
+    file_share: float = 0.5
+    """The part of the pairs that comes from files, where there are both."""
+    held_out_files: tuple[Path, ...] = ()
+    """As files, for the held-out pairs; those of the style family have a held-out split of their own."""
+
+    def __post_init__(self) -> None:
+        require(self.pairs > 0, "pairs", self.pairs, "1 or more")
+        require(0 <= self.file_share <= 1, "file_share", self.file_share, "0 to 1")
+        require(bool(self.levels or self.files), "levels", self.levels, "some, or files")
+        held_out = self.levels or self.held_out_files
+        require(bool(held_out), "held_out_files", (), "some, as there are no levels to hold pairs out from")
+
+
+@dataclass(frozen=True)
+class RewardRecipe:
+    """Everything that decides a training on preferences."""
+
+    preferences: Preferences
+    training: Training
+    base: Annotated[Positional[Path | None], arg(metavar="BASE")] = None
+    """The model to start from: a run folder, or a Hugging Face folder with its tokenizer."""
+    objective: Literal["bradley_terry", "dpo"] = "bradley_terry"
+    """bradley_terry: a reward model, the base with one number in place of its head. dpo: the base itself, which stays a policy
+    and is held to where it started; its answers are learnt with their reasoning, which a reward model never sees."""
+    center_weight: float = 0.01
+    """bradley_terry: of the penalty that keeps the scores around 0, so that their logistic function is a reward."""
+    beta: float = 0.1
+    """dpo: how much the distance from the base costs."""
+    seed: int = 1
+    """Everything random hangs on it."""
+    router: Router = "sequence_loss_only"
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    schedule: Schedule = field(default_factory=Schedule)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    hardware: Hardware = field(default_factory=Hardware)
+
+    def __post_init__(self) -> None:
+        require(self.center_weight >= 0, "center_weight", self.center_weight, "0 or more")
+        require(self.beta > 0, "beta", self.beta, "above 0")
+
+    def as_training(self, model: GLMConfig) -> Recipe:
+        """As the trainer reads it, for a base of this architecture. Raises `ConfigError` for what does not fit together."""
+        return _as_training(self, model)
+
+
+def _as_training(recipe: SFTRecipe | RewardRecipe, model: GLMConfig) -> Recipe:
+    training = dataclasses.replace(
+        recipe.training,
+        router_bias_rate=recipe.training.router_bias_rate if recipe.router == "update" else 0.0,
+        balance_weight=0.0 if recipe.router == "freeze" else recipe.training.balance_weight,
+    )
+    return Recipe(
+        model,
+        training,
+        seed=recipe.seed,
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        evaluation=recipe.evaluation,
+        samples=Samples(prompts=()),
+        checkpoints=recipe.checkpoints,
+        hardware=recipe.hardware,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- reading, writing
 
 
 def load_sft_recipe(name_or_path: str | Path) -> SFTRecipe:
@@ -137,25 +206,41 @@ def load_sft_recipe(name_or_path: str | Path) -> SFTRecipe:
 
     Raises `ConfigError`, naming file and key, for whatever does not fit.
     """
-    path = find_config("sft", name_or_path)
-    recipe = build(SFTRecipe, read_toml_mapping(path), where=str(path))
-    return _with_paths(recipe, lambda found: path.parent / found)
+    return _load(SFTRecipe, "sft", name_or_path)
 
 
-def resolve_paths(recipe: SFTRecipe) -> SFTRecipe:
-    """With absolute paths: a run can then be resumed from another working directory."""
-    if recipe.base is None:
-        raise ConfigError("base: missing; wanted the run folder or the folder of the model to start from")
-    return _with_paths(recipe, Path.resolve)
+def load_reward_recipe(name_or_path: str | Path) -> RewardRecipe:
+    """The same for learning from preferences and `configs/reward/`."""
+    return _load(RewardRecipe, "reward", name_or_path)
 
 
 def save_sft_recipe(recipe: SFTRecipe, path: Path) -> None:
     save_recipe(recipe, path, "sft --recipe")
 
 
-def _with_paths(recipe: SFTRecipe, change) -> SFTRecipe:
-    data = recipe.conversations
+def save_reward_recipe(recipe: RewardRecipe, path: Path) -> None:
+    save_recipe(recipe, path, "reward --recipe")
+
+
+Either = TypeVar("Either", SFTRecipe, RewardRecipe)
+
+
+def resolve_paths(recipe: Either) -> Either:
+    """With absolute paths: a run can then be resumed from another working directory."""
+    if recipe.base is None:
+        raise ConfigError("base: missing; wanted the run folder or the folder of the model to start from")
+    return _with_paths(recipe, Path.resolve)
+
+
+def _load(cls: type[Either], kind: Literal["sft", "reward"], name_or_path: str | Path) -> Either:
+    path = find_config(kind, name_or_path)
+    recipe = build(cls, read_toml_mapping(path), where=str(path))
+    return _with_paths(recipe, lambda found: path.parent / found)
+
+
+def _with_paths(recipe: Either, change: Callable[[Path], Path]) -> Either:
+    table = "conversations" if isinstance(recipe, SFTRecipe) else "preferences"
+    data = getattr(recipe, table)
     files = {key: tuple(map(change, getattr(data, key))) for key in ("files", "held_out_files")}
-    return dataclasses.replace(
-        recipe, base=recipe.base and change(recipe.base), conversations=dataclasses.replace(data, **files)
-    )
+    data = dataclasses.replace(data, **files)
+    return dataclasses.replace(recipe, base=recipe.base and change(recipe.base), **{table: data})

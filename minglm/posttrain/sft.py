@@ -5,7 +5,7 @@ the assistant's tokens are learnt. MTP and balance losses go on as in mid-traini
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from minglm.data.stream import Batch, RowStream
 from minglm.engine.engine import Engine
 from minglm.posttrain.lora import LoRALearner
 from minglm.posttrain.mode_switch import ModeSwitch, ask, measure
-from minglm.posttrain.recipe import SFTRecipe, load_sft_recipe, resolve_paths, save_sft_recipe
+from minglm.posttrain.recipe import RewardRecipe, SFTRecipe, load_sft_recipe, resolve_paths, save_sft_recipe
 from minglm.posttrain.sft_data import Census, PackedConversations, held_out_census, training_census
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import Device, choose_device
@@ -55,6 +55,7 @@ class SFTTrainer(Trainer):
     """The trainer on conversations. `dataset` is `ConversationData`."""
 
     counts_specials = True  # the ends of thinking and of turns are what is to be learnt
+    together = 1  # see `PackedConversations`
 
     def make_streams(self) -> list[RowStream]:
         packed = self._packed(self.dataset.training)
@@ -66,7 +67,7 @@ class SFTTrainer(Trainer):
 
     def _packed(self, census: Census) -> PackedConversations:
         length, padding = self.recipe.training.sequence_length, self.tokenizer.end_of_document_id
-        return PackedConversations(census.conversations, length, self.recipe.seed, padding)
+        return PackedConversations(census.conversations, length, self.recipe.seed, padding, self.together)
 
 
 def sft(recipe: SFTRecipe, run_folder: str | Path, must_resume: bool = False) -> Outcome:
@@ -76,6 +77,31 @@ def sft(recipe: SFTRecipe, run_folder: str | Path, must_resume: bool = False) ->
     that must not be learnt from, and what `minglm.checkpoint`, `minglm.tokenizer` and the trainer raise.
     """
     recipe = resolve_paths(recipe)
+    base, lora = recipe.base, recipe.lora
+
+    def make_learner(recipe: Recipe, config: GLMConfig, device: Device, checkpoint: Path | None) -> Learner:
+        if lora.rank:
+            return LoRALearner(lora, base, recipe, config, device, checkpoint)
+        return Learner(recipe, config, device, checkpoint or base)
+
+    def open_folder(folder: RunFolder) -> Path | None:
+        return folder.open(recipe, must_resume, load_sft_recipe, save_sft_recipe)
+
+    return run_trainer(SFTTrainer, make_learner, recipe, run_folder, ConversationData.gather, open_folder)
+
+
+def run_trainer(
+    trainer: type[SFTTrainer],
+    make_learner: Callable[..., Learner],
+    recipe: SFTRecipe | RewardRecipe,
+    run_folder: str | Path,
+    gather: Callable[..., ConversationData],
+    open_folder: Callable[[RunFolder], Path | None],
+) -> Outcome:
+    """A run of post-training by a recipe with resolved paths: check the data, open the folder, train.
+
+    gather: reads the data, of recipe and tokenizer; open_folder: as `RunFolder.open`, which decides where to go on.
+    """
     folder, device = RunFolder(run_folder), choose_device(recipe.hardware)
     tokenizer = Tokenizer.from_pretrained(recipe.base)
     config = GLMConfig.from_pretrained(recipe.base)
@@ -84,23 +110,15 @@ def sft(recipe: SFTRecipe, run_folder: str | Path, must_resume: bool = False) ->
         raise ConfigError(
             f"{recipe.base}: its tokenizer has {tokenizer.vocab_size} ids and its model {config.vocab_size}; wanted no more ids"
         )
-    data = ConversationData.gather(recipe, tokenizer)
+    data = gather(recipe, tokenizer)
     data.refuse_faults()
-    checkpoint = folder.open(recipe, must_resume, load_sft_recipe, save_sft_recipe)
+    checkpoint = open_folder(folder)
     print(f"run folder: {folder.path} (recipe, metrics, plots, checkpoints)\ndevice: {device}\n\n{data.training.table()}\n")
-
-    base, lora = recipe.base, recipe.lora
-
-    def make_learner(recipe: Recipe, config: GLMConfig, device: Device, checkpoint: Path | None) -> Learner:
-        if lora.rank:
-            return LoRALearner(lora, base, recipe, config, device, checkpoint)
-        return Learner(recipe, config, device, checkpoint or base)
-
     with ExitStack() as stack:
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
-        trainer = SFTTrainer(training, folder, device, tokenizer, data, checkpoint, make_learner)
-        return stack.enter_context(closing(trainer)).run(stop)
+        made = trainer(training, folder, device, tokenizer, data, checkpoint, make_learner)
+        return stack.enter_context(closing(made)).run(stop)
 
 
 def judge_modes(recipe: SFTRecipe, run_folder: str | Path) -> ModeSwitch | None:

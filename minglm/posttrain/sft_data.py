@@ -207,13 +207,19 @@ class PackedConversations:
     the conversations of a row from 0, -1 at padding.
     """
 
-    def __init__(self, conversations: Sequence[Conversation], sequence_length: int, seed: int, padding_id: int):
-        """Raises ValueError for none, or one longer than a row."""
-        lengths = np.array([len(one.ids) for one in conversations], np.int64)
+    def __init__(
+        self, conversations: Sequence[Conversation], sequence_length: int, seed: int, padding_id: int, together: int = 1
+    ):
+        """together: so many neighbours always share a row, side by side, such as the two answers of a pair.
+
+        Raises ValueError for none, or some that are longer than a row.
+        """
+        lengths = np.array([len(one.ids) for one in conversations], np.int64).reshape(-1, together).sum(1)
         if not len(lengths) or lengths.max() > sequence_length:
             found = f"the longest has {lengths.max()} tokens" if len(lengths) else "there are none"
             raise ValueError(f"conversations: {found}; wanted some, of at most sequence_length = {sequence_length} tokens")
-        row_of = best_fit(lengths, sequence_length)
+        row_of = best_fit(lengths, sequence_length).repeat(together)
+        self.order = np.argsort(row_of, kind="stable")  # numbers of the conversations as they lie, row by row
         shape = (int(row_of.max()) + 1, sequence_length)
         self.rows_per_epoch, self._seed = shape[0], seed
         self.num_tokens = int(lengths.sum())

@@ -11,6 +11,7 @@ from minglm.data.sources import HELD_OUT
 from minglm.evals.interval import Estimate, mean
 from minglm.rl.practice import RLError
 from minglm.rl.recipe import RLRecipe
+from minglm.rl.rewards import by_source
 from minglm.rl.rollout import Asked, Rollouts, Trajectory
 from minglm.tasks import FAMILIES
 from minglm.tasks.task import Problem, problems
@@ -27,6 +28,7 @@ class HeldOut(NamedTuple):
         """For metrics.jsonl."""
         return {
             "rewards": {name: [e.value, e.low, e.high] for name, e in self.rewards.items()},
+            "by_source": by_source(self.judged),
             "length": statistics.fmean(one.length for one in self.judged),
             "ends": dict(Counter(one.end for one in self.judged)),
             "failed": self.failed,

@@ -31,6 +31,7 @@ from minglm.rl.quantised import fp8_copy, fp8_state
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
 from minglm.rl.records import record_of, write_rollouts
 from minglm.rl.rehearsal import rehearse
+from minglm.rl.rewards import combined
 from minglm.rl.rollout import Limits, Rollouts
 from minglm.rl.temperature import Temperature
 from minglm.tokenizer import Tokenizer
@@ -112,7 +113,8 @@ class Loop:
         )
         self.engine.weights_version = self.step  # counts steps, also over a resumption
         compares_routing = recipe.routing_replay == "R3" or sampling.precision == "fp8"
-        self.rollouts = Rollouts(self.engine, tokenizer, self.limits, compares_routing)
+        rewards = combined(recipe.rewards, device.torch_device)
+        self.rollouts = Rollouts(self.engine, tokenizer, self.limits, compares_routing, rewards.apply)
         self.held_out, self.validation = set_aside(recipe)
 
     def run(self, stop: StopRequest) -> Outcome:

@@ -1,7 +1,7 @@
 """A recipe of reinforcement learning, in one TOML file (examples in `configs/rl/`). Nothing here needs torch."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -84,6 +84,39 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Rewards:
+    """Who says how good an attempt is (minglm.rl.rewards): the weighed mean of up to three sources."""
+
+    verifier: float = 1.0
+    """Weight of the problem's own rules."""
+    model: float = 0.0
+    """Weight of a reward model, as the `reward` command trains them."""
+    model_folder: Path | None = None
+    """Its run folder or checkpoint. In a recipe file the path starts from that file's folder."""
+    rubric: float = 0.0
+    """Weight of a model that grades by a rubric, behind an OpenAI-compatible endpoint; `serve` is one."""
+    rubric_text: str = ""
+    """What is good and what is not."""
+    grader_url: str = "http://127.0.0.1:8000/v1"
+    """Where the endpoint is; its API key is in the environment variable MINGLM_GRADER_KEY."""
+    grader_name: str = ""
+    """What the endpoint calls the model that grades."""
+    vetoes: tuple[Literal["verifier", "model", "rubric"], ...] = ()
+    """Sources that can veto: an attempt to which one gives less than `veto_below` has reward 0."""
+    veto_below: float = 0.5
+
+    def __post_init__(self) -> None:
+        weights = {name: getattr(self, name) for name in ("verifier", "model", "rubric")}
+        for key, weight in weights.items():
+            require(weight >= 0, key, weight, "0 or more")
+        require(any(weights.values()), "verifier", self.verifier, "a source with a weight above 0")
+        require(0 < self.veto_below <= 1, "veto_below", self.veto_below, "above 0, up to 1")
+
+    def uses(self, source: str) -> bool:
+        return getattr(self, source) > 0 or source in self.vetoes
+
+
+@dataclass(frozen=True)
 class RLRecipe:
     """Everything that decides a run."""
 
@@ -94,6 +127,7 @@ class RLRecipe:
     seed: int = 1
     """Everything random hangs on it."""
     sampling: Sampling = field(default_factory=Sampling)
+    rewards: Rewards = field(default_factory=Rewards)
     objective: Objective = field(default_factory=Objective)
     passes: int = 1
     """Optimiser steps on the trajectories of one step; with more than one the objective's clip has something to do."""
@@ -138,20 +172,27 @@ class RLRecipe:
 
 
 def load_rl_recipe(name_or_path: str | Path) -> RLRecipe:
-    """Read a recipe: a TOML file, or the name of one in `configs/rl/`. A base in the file starts from the file's folder.
+    """Read a recipe: a TOML file, or the name of one in `configs/rl/`. Paths in the file start from the file's folder.
 
     Raises `ConfigError`, naming file and key, for whatever does not fit.
     """
     path = find_config("rl", name_or_path)
     recipe = build(RLRecipe, read_toml_mapping(path), where=str(path))
-    return dataclasses.replace(recipe, base=recipe.base and path.parent / recipe.base)
+    return _with_paths(recipe, lambda found: path.parent / found)
 
 
 def resolve_base(recipe: RLRecipe) -> RLRecipe:
-    """With an absolute path. Raises `ConfigError` where there is none."""
+    """With absolute paths. Raises `ConfigError` where there is no base."""
     if recipe.base is None:
         raise ConfigError("base: missing; wanted the run folder or the folder of the policy to start from")
-    return dataclasses.replace(recipe, base=recipe.base.resolve())
+    return _with_paths(recipe, Path.resolve)
+
+
+def _with_paths(recipe: RLRecipe, change: Callable[[Path], Path]) -> RLRecipe:
+    rewards = dataclasses.replace(
+        recipe.rewards, model_folder=recipe.rewards.model_folder and change(recipe.rewards.model_folder)
+    )
+    return dataclasses.replace(recipe, base=recipe.base and change(recipe.base), rewards=rewards)
 
 
 def save_rl_recipe(recipe: RLRecipe, path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minglm.rl.practice import Practice
+from minglm.rl.rewards import by_source
 from minglm.rl.rollout import Trajectory
 from minglm.tokenizer import Tokenizer
 
@@ -35,6 +36,7 @@ def record_of(practice: Practice) -> dict[str, Any]:
     return {
         "reward": statistics.fmean(one.verdict.reward for one in judged),
         "reward_by_family": by_family(judged),
+        "reward_by_source": by_source(judged),
         "pass_at": passes(practice.whole),
         "length": statistics.fmean(one.length for one in judged),
         "turns": statistics.fmean(one.turns for one in judged),
@@ -67,6 +69,7 @@ def write_rollouts(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, fol
                 "response": one.response,
                 "text": tokenizer.decode(one.ids),
                 "reward": one.verdict and one.verdict.reward,
+                "parts": one.parts,
                 "reasons": one.verdict.reasons if one.verdict else (str(one.failure),),
                 "end": one.end,
                 "length": one.length,

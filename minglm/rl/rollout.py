@@ -47,6 +47,8 @@ class Trajectory:
     failure: Failure | None = None
     temperature: float = 1.0
     experts: Tensor | None = None  # of the sampler, (len(ids) - 1, MoE layers, K) int16: the last id is never read; if recorded
+    parts: dict[str, float] = field(default_factory=dict)
+    """What each source of rewards has said (minglm.rl.rewards)."""
 
     @property
     def length(self) -> int:
@@ -89,6 +91,10 @@ class Asked(NamedTuple):
     seed: int
 
 
+Judge = Callable[[Sequence[Trajectory]], None]
+"""Changes verdicts in place (minglm.rl.rewards)."""
+
+
 class Rollouts:
     """Attempts at problems by an engine's policy, as many side by side as the engine runs.
 
@@ -96,9 +102,18 @@ class Rollouts:
     have: so what is computed together, and with it every bit, does not depend on who was faster.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, limits: Limits, records_experts: bool = False):
-        """records_experts: keep which experts each token went to. Prompts are then computed for each attempt anew."""
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        limits: Limits,
+        records_experts: bool = False,
+        judge: Judge | None = None,
+    ):
+        """records_experts: keep which experts each token went to. Prompts are then computed for each attempt anew. judge: puts
+        other verdicts in place of those of the problems' verifiers."""
         self.engine, self.tokenizer, self.limits, self.records_experts = engine, tokenizer, limits, records_experts
+        self.judge = judge
         self.environments = Environments(limits.seconds)
 
     @property
@@ -130,7 +145,10 @@ class Rollouts:
         finally:
             for request in by_request:
                 self.engine.cancel(request)
-        return [attempt.trajectory for attempt in attempts]
+        trajectories = [attempt.trajectory for attempt in attempts]
+        if self.judge is not None:
+            self.judge(trajectories)
+        return trajectories
 
     def answer_ids(self, problem: Problem, messages: Sequence[Message]) -> list[int]:
         """What follows a turn of the policy's: the world's messages, and the mark behind which the policy goes on."""

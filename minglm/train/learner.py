@@ -37,6 +37,7 @@ class Learner:
     """A model, its optimiser, and the step that trains both."""
 
     rank, ranks = 0, 1  # this process, and how many take a step together, each with its own sequences
+    numbers = ("loss", "lm_loss", "mtp_loss", "balance_loss", "gradient_norm")  # that a step returns first, by name
 
     def __init__(self, recipe: Recipe, config: GLMConfig, device: Device, checkpoint: Path | None = None):
         """The model of `config` with weights drawn from the recipe's seed, or those of `checkpoint`.
@@ -64,7 +65,7 @@ class Learner:
         """One optimiser step on this rank's micro-batches; nothing in it makes the host wait for the device.
 
         learning_rate_factor: the part of the peak rate to use. Returns fp32 numbers on the device, of all ranks together:
-        total, lm, mtp and balance loss, gradient norm before clipping, and the maximal violation of each MoE layer.
+        `numbers` (the norm is that before clipping), and the maximal violation of each MoE layer.
         """
         stage = self.stage
         # Each micro-batch is divided by what the whole step holds, so that together they are exactly one big batch.
@@ -83,11 +84,15 @@ class Learner:
                 )
             loss.total.backward()
             losses += torch.stack(loss).detach()
+        return self._finish_step(losses, learning_rate_factor)
+
+    def _finish_step(self, losses: Tensor, learning_rate_factor: float) -> Tensor:
+        """With all gradients there: clip, update, balance the experts. losses: this rank's parts. -> what `step` returns."""
         gradient_norm = self._clip_gradients(self.recipe.optimizer.clip_norm or math.inf)
         update(self.optimizer, learning_rate_factor)
         self.model.expert_load.copy_(self.sum_over_ranks(self.model.expert_load))
         self.expert_load = self.model.expert_load.clone()
-        max_violation = self.model.update_router_bias(stage.router_bias_rate)
+        max_violation = self.model.update_router_bias(self.stage.router_bias_rate)
         return torch.cat([self.sum_over_ranks(losses), gradient_norm[None], max_violation])
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:

@@ -278,7 +278,9 @@ def resolve_paths(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=data, tokenizer=str(Path(recipe.tokenizer).resolve()) if own else recipe.tokenizer)
 
 
-def find_config(kind: Literal["model", "recipe", "sft", "rl"], name_or_path: str | Path, folder: Path = Path()) -> Path:
+def find_config(
+    kind: Literal["model", "recipe", "sft", "reward", "rl"], name_or_path: str | Path, folder: Path = Path()
+) -> Path:
     """The TOML file of a model size or recipe: a path from `folder`, or the bare name of one in `configs/`.
 
     Raises `ConfigError` that lists the names there are.

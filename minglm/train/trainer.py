@@ -127,7 +127,7 @@ class Trainer:
 
         self.metrics = MetricsFile(folder.metrics, enabled=self.is_first)
         self.unread: list[tuple[dict[str, Any], Tensor]] = []  # records of steps whose numbers are still on the device
-        self.bits_per_byte = math.nan
+        self.standing = ""  # the last held-out record in a few words
         state = None if checkpoint is None else self._restore(checkpoint)
         self.stream: Prefetcher | None = None
         self._enter(self.plan.at(min(self.step + 1, self.plan.steps)), state)
@@ -220,17 +220,22 @@ class Trainer:
         """Record the held-out loss, and how the experts are used."""
         self.read_metrics()
         learner = self.learner
-        held_out = self._held_out_loss(self.held_out)
-        if not math.isfinite(held_out.loss):
-            raise self._diverged(self.step, f"held-out loss not finite ({held_out.loss})")
-        self.bits_per_byte = held_out.bits_per_byte
-        self.metrics.write({"step": self.step, "kind": "held_out", **asdict(held_out), "seconds": self._seconds()})
+        held_out = self.judge()
+        if not math.isfinite(held_out["loss"]):
+            raise self._diverged(self.step, f"held-out loss not finite ({held_out['loss']})")
+        self.metrics.write({"step": self.step, "kind": "held_out", **held_out, "seconds": self._seconds()})
         if learner.expert_load is not None and len(learner.expert_load):
             share = learner.expert_load / learner.expert_load.sum(1, keepdim=True)
             bias = torch.stack([router.e_score_correction_bias for router in self.model.routers()])
             router = {"expert_share": share.tolist(), "bias": bias.tolist()}
             self.metrics.write({"step": self.step, "kind": "router", **router})
         self.read_at = self._seconds()  # not the training's time
+
+    def judge(self) -> dict[str, Any]:
+        """What a held-out record says: `loss`, and more."""
+        held_out = self._held_out_loss(self.held_out)
+        self.standing = f"held-out {held_out.bits_per_byte:.3f} bits/byte"
+        return asdict(held_out)
 
     def end_stage(self) -> None:
         """Record that a stage has ended, and the held-out loss of each domain, at the stage's sequence length."""
@@ -284,7 +289,7 @@ class Trainer:
                 "step": self.step,
                 "tokens": self.tokens,
                 "seconds": self._seconds(),
-                "bits_per_byte": self.bits_per_byte,
+                "standing": self.standing,
                 "stream": self.stream.state_dict(),
                 **self.learner.save(aside),
                 "rng": torch.get_rng_state(),
@@ -307,7 +312,7 @@ class Trainer:
         """Return the state, of which the place in the data is still to be restored."""
         state = read_state(checkpoint)
         self.step, self.tokens, self.seconds_before = state["step"], state["tokens"], state["seconds"]
-        self.tokens_read, self.bits_per_byte = self.tokens, state["bits_per_byte"]
+        self.tokens_read, self.standing = self.tokens, state["standing"]
         self.learner.load(checkpoint, state)
         torch.set_rng_state(state["rng"])
         if len(state["cuda_rng"]) == torch.cuda.device_count():
@@ -329,21 +334,22 @@ class Trainer:
         tokens_per_second = (records[-1]["tokens"] - self.tokens_read) / (now - self.read_at)
         self.tokens_read = records[-1]["tokens"]
         good = []
-        for record, (loss, lm, mtp, balance, gradient_norm, *max_violation) in zip(records, rows, strict=True):
-            parts = {"lm loss": lm, "mtp loss": mtp, "balance loss": balance, "gradient norm": gradient_norm}
+        names = self.learner.numbers
+        for record, values in zip(records, rows, strict=True):
+            parts = dict(zip(names, values[: len(names)], strict=True))
             if not all(map(math.isfinite, parts.values())):
                 self.metrics.write(*good)
-                bad = ", ".join(name for name, value in parts.items() if not math.isfinite(value))
-                found = ", ".join(f"{name} {value:.4g}" for name, value in parts.items())
+                shown = {name.replace("_", " "): value for name, value in parts.items() if name != "loss"}  # it is their sum
+                bad = ", ".join(name for name, value in shown.items() if not math.isfinite(value))
+                found = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
                 raise self._diverged(record["step"], f"{bad} not finite ({found})")
-            record |= {"loss": loss, "lm_loss": lm, "mtp_loss": mtp, "balance_loss": balance}
-            record |= {"gradient_norm": gradient_norm, "max_violation": max_violation}
+            record |= {**parts, "max_violation": values[len(names) :]}
             record["seconds"] = self.read_at + seconds_each * (len(good) + 1)
             record["tokens_per_second"] = tokens_per_second
             good.append(record)
         self.metrics.write(*good)
         self.bar.set_postfix_str(
-            f"loss {good[-1]['loss']:.3f}, held-out {self.bits_per_byte:.3f} bits/byte, {tokens_per_second:,.0f} tokens/s",
+            f"loss {good[-1]['loss']:.3f}, {self.standing}, {tokens_per_second:,.0f} tokens/s",
             refresh=False,
         )
         self.bar.update(len(good))

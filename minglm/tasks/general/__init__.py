@@ -4,11 +4,11 @@ from minglm.tasks.general.instructions import InstructionFollowing
 from minglm.tasks.general.long_document import LongDocument, needle_document
 from minglm.tasks.general.recall import recall, recall_text
 from minglm.tasks.general.safety import Safety
-from minglm.tasks.general.style import Preference, StylePreference, pair, style_score
+from minglm.tasks.general.style import Preference, StyleAnswer, StylePreference, pair, style_score
 from minglm.tasks.general.translation import Translation
 from minglm.tasks.task import Problem
 
-FAMILIES: tuple[type[Problem], ...] = (InstructionFollowing, Translation, LongDocument, Safety, StylePreference)
+FAMILIES: tuple[type[Problem], ...] = (InstructionFollowing, Translation, LongDocument, Safety, StylePreference, StyleAnswer)
 
 __all__ = [
     "FAMILIES",
@@ -16,6 +16,7 @@ __all__ = [
     "LongDocument",
     "Preference",
     "Safety",
+    "StyleAnswer",
     "StylePreference",
     "Translation",
     "needle_document",

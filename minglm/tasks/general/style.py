@@ -1,4 +1,5 @@
-"""Style preferences: pairs of answers for a reward model, and a family that asks which answer is better.
+"""Style preferences: pairs of answers for a reward model, a family that asks which answer is better, and one that asks for an
+answer, whose content a rule can judge and whose style only a reward model does.
 
 The rule is hidden from the model and stated here: both answers say the same, with some marks of style, each in one of two
 ways. The answer is the better that has more of its marks in the first way:
@@ -14,6 +15,7 @@ Length tells nothing: the two ways have the same number of characters and of wor
 
 import math
 import random
+import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
@@ -97,20 +99,11 @@ class StylePreference(Problem):
 
     @property
     def question(self) -> str:
-        *others, last = [f"the {thing}" for thing in self.things]
-        return f"How {'are' if others else 'is'} {', '.join(others)}{' and ' if others else ''}{last} of {self.town}?"
+        return _question(self.things, self.town)
 
     def text(self, ways: tuple[bool, ...]) -> str:
         """The answer that has these marks in the first way."""
-        marks = marks_of(len(self.things))
-        opening, *said, closing, stop = (
-            MARKS[mark][variant][0 if good else 1] for mark, variant, good in zip(marks, self.variants, ways, strict=True)
-        )
-        told = [
-            f"the {thing} is {certainty} {word}"
-            for thing, certainty, word in zip(self.things, said[::2], said[1::2], strict=True)
-        ]
-        return f"{opening}, {', '.join(told)}{stop} {closing}{stop}"
+        return _text(self.things, self.variants, ways)
 
     @property
     def answer(self) -> str:
@@ -161,6 +154,94 @@ class StylePreference(Problem):
     @property
     def chance(self) -> float:
         return 0.5
+
+
+@dataclass(frozen=True)
+class StyleAnswer(Problem):
+    """A question to be answered in the form of the pairs' answers. The verifier knows what is asked about and the form, and any
+    style is right to it: good style is a reward model's to say, as in holistic RL. Difficulty is the number of things.
+
+    Fields:
+        things, town: what is asked about.
+        variants, ways: the style of the demonstration, drawn without regard to the hidden rule.
+    """
+
+    things: tuple[str, ...]
+    town: str
+    variants: tuple[int, ...]
+    ways: tuple[bool, ...]
+
+    family = "style_answer"
+    stands_for = "Open questions of holistic RL (section 3.4), judged by rules and a reward model together."
+    difficulties = range(1, 4)
+
+    @classmethod
+    def sample(cls, rng: random.Random, difficulty: int) -> Self:
+        cls.check_difficulty(difficulty)
+        return cls(tuple(rng.sample(THINGS, difficulty)), rng.choice(TOWNS), *_style(rng, difficulty))
+
+    @property
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": _question(self.things, self.town)}]
+
+    def demonstrate(self, thinking: bool) -> list[Message]:
+        text = _text(self.things, self.variants, self.ways)
+        return reply(text, f"Asked about: {', '.join(self.things)}." if thinking else None)
+
+    def verify(self, response) -> Verdict:
+        content, fault = hear(response)
+        if fault:
+            return Verdict(0.0, (fault,))
+        if not FORM.fullmatch(content):
+            return Verdict(0.0, ("not in the form of an answer: opening, what is said of each thing, closing",))
+        told = tuple(SAID.findall(content))
+        if told != self.things:
+            return Verdict(0.0, (f"speaks of {', '.join(told)}; wanted {', '.join(self.things)}",))
+        return Verdict(1.0)
+
+    def near_miss(self, rng: random.Random) -> list[Message]:
+        """In the best style, about another thing."""
+        place = rng.randrange(len(self.things))
+        other = rng.choice([thing for thing in THINGS if thing not in self.things])
+        things = (*self.things[:place], other, *self.things[place + 1 :])
+        return reply(_text(things, self.variants, (True,) * len(self.ways)))
+
+    def guess(self, rng: random.Random) -> list[Message]:
+        count = len(self.things)
+        return reply(_text(tuple(rng.sample(THINGS, count)), *_style(rng, count)))
+
+    @property
+    def chance(self) -> float:
+        return 1 / math.perm(len(THINGS), len(self.things))
+
+
+def _question(things: tuple[str, ...], town: str) -> str:
+    *others, last = [f"the {thing}" for thing in things]
+    return f"How {'are' if others else 'is'} {', '.join(others)}{' and ' if others else ''}{last} of {town}?"
+
+
+def _text(things: tuple[str, ...], variants: tuple[int, ...], ways: tuple[bool, ...]) -> str:
+    """The answer about these things, each mark in this variant and way."""
+    opening, *said, closing, stop = (
+        MARKS[mark][variant][0 if good else 1]
+        for mark, variant, good in zip(marks_of(len(things)), variants, ways, strict=True)
+    )
+    told = [f"the {thing} is {certainty} {word}" for thing, certainty, word in zip(things, said[::2], said[1::2], strict=True)]
+    return f"{opening}, {', '.join(told)}{stop} {closing}{stop}"
+
+
+def _any_of(mark: str) -> str:
+    return f"(?:{'|'.join(re.escape(words) for pair in MARKS[mark] for words in pair)})"
+
+
+SAID = re.compile(rf"the (\w+) is {_any_of('certainty')} {_any_of('plainness')}")
+FORM = re.compile(rf"{_any_of('courtesy')}(?:, {SAID.pattern})+(?P<stop>{_any_of('calm')}) {_any_of('warmth')}(?P=stop)")
+
+
+def _style(rng: random.Random, things: int) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Variants and ways of an answer's marks."""
+    marks = marks_of(things)
+    return tuple(rng.randrange(len(MARKS[mark])) for mark in marks), tuple(rng.random() < 0.5 for _ in marks)
 
 
 def _ways(rng: random.Random, marks: int, margin: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
