@@ -22,8 +22,9 @@ from minglm.checkpoint import save_model
 from minglm.config import ConfigError
 from minglm.engine.engine import Engine
 from minglm.posttrain.reward_model import RewardModel
-from minglm.rl.loop import RLError, rl
+from minglm.rl.loop import rl
 from minglm.rl.objective import named
+from minglm.rl.practice import RLError
 from minglm.rl.recipe import Rewards, RLRecipe, Sampling, Tasks, load_rl_recipe
 from minglm.rl.rewards import Case, Combined, Grader, ModelSource, Verifier, combine, combined, read_grade
 from minglm.rl.rollout import Limits
@@ -309,6 +310,6 @@ def test_where_no_attempt_has_a_verdict_the_run_ends_before_it_learns(tmp_path):
     with torch.no_grad():
         broken.lm_head.weight.fill_(math.nan)
     save_model(broken, tmp_path / "judge")
-    with pytest.raises(RLError, match="step 0: no attempt at a held-out problem has a verdict"):
+    with pytest.raises(RLError, match="all 1 attempts at held-out problems have failed"):
         rl(recipe, tmp_path / "run")
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
