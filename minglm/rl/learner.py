@@ -35,6 +35,7 @@ class Rows(NamedTuple):
     document_ids: Tensor  # int32: 0, and -1 in the padding
     sampled: Tensor  # bool: the policy chose this label
     log_probs: Tensor  # fp32, the sampler's, where sampled
+    versions: Tensor  # int64, of the sampler's weights, where sampled
 
     @classmethod
     def of(cls, trajectories: Sequence[Trajectory], device: torch.device) -> "Rows":
@@ -45,6 +46,7 @@ class Rows(NamedTuple):
             torch.full((b, t), -1, dtype=torch.int32),
             torch.zeros(b, t, dtype=torch.bool),
             torch.zeros(b, t),
+            torch.full((b, t), -1),
         )
         for row, one in enumerate(trajectories):
             n = len(one.ids) - 1
@@ -53,6 +55,7 @@ class Rows(NamedTuple):
             rows.document_ids[row, :n] = 0
             rows.sampled[row, :n] = torch.tensor(one.sampled[1:])
             rows.log_probs[row, :n] = torch.tensor(one.log_probs[1:])
+            rows.versions[row, :n] = torch.tensor(one.versions[1:])
         return cls(*(tensor.to(device) for tensor in rows))
 
     @property
@@ -114,6 +117,7 @@ class PolicyLearner(Learner):
         passes: optimiser steps on the same trajectories, all of them each time."""
         super().__init__(recipe, config, device, checkpoint or base)
         self.objective, self.tokens_at_once, self.passes = objective, tokens_at_once, passes
+        self.gap_by_version: dict[int, float] = {}  # of the last step: the mean gap of the tokens that a version sampled
         self.critic = self.critic_optimizer = self.reference = None
         if objective.advantage == "gae":
             self.critic = Critic(base, device.torch_device).train()
@@ -250,6 +254,8 @@ class PolicyLearner(Learner):
 
     def _numbers(self, sums: Tensor, norm: Tensor, batches: Sequence[Rows], old: Sequence[Tensor], found) -> StepNumbers:
         gaps = torch.cat([(rows.log_probs - ours)[rows.sampled].abs() for rows, ours in zip(batches, old, strict=True)])
+        versions = torch.cat([rows.versions[rows.sampled] for rows in batches])
+        self.gap_by_version = {version: gaps[versions == version].mean().item() for version in versions.unique().tolist()}
         entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, old, strict=True)]).mean()
         loss, critic_loss, clipped, dropped = sums.tolist()
         return StepNumbers(

@@ -1,4 +1,5 @@
 """Reinforcement learning, synchronous and colocated: sample, verify, advantages, loss, update, and again.
+`minglm.rl.asynchronous` derives the loop whose samples come from other processes.
 
 One process, and one set of weights: the engine samples with the very tensors that the step has changed, so nothing is pushed
 (slime's synchronous mode, report, section 3.5). In the exact gear the trainer finds the sampler's log-probabilities to the
@@ -21,7 +22,6 @@ from typing import Any
 from tqdm import tqdm
 
 from minglm import ops
-from minglm.chat import MODES
 from minglm.config import GLMConfig
 from minglm.data.sources import HELD_OUT
 from minglm.engine.engine import Engine
@@ -57,6 +57,7 @@ class Practice:
     rounds: int = 0
     without_spread: int = 0  # groups that were left out for that
     failed: int = 0  # attempts whose environment failed, left out with their groups
+    numbers: dict[str, Any] = field(default_factory=dict)  # what else the step's record is to tell
 
 
 def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> Outcome:
@@ -76,7 +77,16 @@ def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> O
     with ExitStack() as stack:
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
-        return Loop(recipe, folder, tokenizer, config, device, base, checkpoint).run(stop)
+        return loop_of(recipe)(recipe, folder, tokenizer, config, device, base, checkpoint).run(stop)
+
+
+def loop_of(recipe: RLRecipe) -> type["Loop"]:
+    """What runs the recipe's mode."""
+    if recipe.mode == "synchronous":
+        return Loop
+    from minglm.rl.asynchronous import trainer, virtual_trainer  # which derive from Loop
+
+    return virtual_trainer.VirtualLoop if recipe.asynchronous.clock == "virtual" else trainer.AsynchronousLoop
 
 
 class Loop:
@@ -103,9 +113,7 @@ class Loop:
         if checkpoint is not None:
             self._restore(checkpoint)
         sampling = recipe.sampling
-        self.limits = Limits(
-            sampling.tokens, sampling.turns, sampling.temperature, MODES[sampling.thinking], sampling.format_penalty
-        )
+        self.limits = Limits.of(sampling)
         self.engine = Engine(
             self.learner.model, tokenizer, gear=recipe.hardware.gear, max_running=sampling.groups * sampling.group_size
         )
@@ -158,6 +166,8 @@ class Loop:
                     f"{self.folder.newest_checkpoint()}; a lower optimizer.learning_rate may help, in another run folder"
                 )
             record |= numbers._asdict()
+            gaps = self.learner.gap_by_version
+            record["gap_by_staleness"] = {self.step - 1 - version: gap for version, gap in gaps.items()}
         self.engine.weights_changed()  # in place: these are the learner's
         everything = practice.judged
         rewards = [one.verdict.reward for one in everything]
@@ -177,6 +187,7 @@ class Loop:
             "seconds": self._seconds(),
             "sampling_seconds": sampled - began,
             "update_seconds": time.perf_counter() - sampled,
+            **practice.numbers,
         }
         self.metrics.write(record)
         self.write_rollouts(everything)
@@ -257,16 +268,22 @@ class Loop:
         with self.learner.writing(self.folder.checkpoint(self.step)) as aside:
             state = self.learner.save(aside)
             self.tokenizer.save_pretrained(aside)
-            own = {"step": self.step, "seconds": self._seconds(), "curriculum": self.curriculum.state_dict()}
-            write_state({**state, **own}, aside)
+            write_state({**state, **self.own_state()}, aside)
         self.folder.prune(self.recipe.keep)
         plot_run(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
 
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the learner's state."""
+        return {"step": self.step, "seconds": self._seconds(), "curriculum": self.curriculum.state_dict()}
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
+        self.step, self.seconds_before = state["step"], state["seconds"]
+        self.curriculum.load_state_dict(state["curriculum"])
+
     def _restore(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
-        self.step, self.seconds_before = state["step"], state["seconds"]
         self.learner.load(checkpoint, state)
-        self.curriculum.load_state_dict(state["curriculum"])
+        self.load_own_state(state)
         self.metrics.cut_back(self.step)
         print(f"resuming: {checkpoint}")
 

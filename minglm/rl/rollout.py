@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from minglm.chat import ChatError, parse, render_tokens
+from minglm.chat import MODES, ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import RequestOutput
+from minglm.rl.recipe import Sampling
 from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import Episode, Message, Problem, Verdict
 from minglm.tokenizer import Tokenizer
@@ -72,6 +73,12 @@ class Limits:
                     f"{name} = {getattr(self, name)}: wanted {'above 0' if name == 'temperature' else '1 or more'}"
                 )
 
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Limits":
+        """Those of a recipe."""
+        s = sampling
+        return cls(s.tokens, s.turns, s.temperature, MODES[s.thinking], s.format_penalty)
+
 
 class Asked(NamedTuple):
     """A problem to attempt, and the seed of everything that is drawn for it."""
@@ -95,7 +102,7 @@ class Rollouts:
 
         Raises ChatError if a problem itself cannot be put into the template, ValueError if it leaves no room for an answer.
         """
-        attempts = [_Attempt(self, *one) for one in asked]
+        attempts = [Attempt(self, *one) for one in asked]
         by_request = {attempt.ask(): attempt for attempt in attempts}
         with ThreadPoolExecutor(ENVIRONMENTS) as threads:
             try:
@@ -106,7 +113,7 @@ class Rollouts:
                         attempt.take(output)
                         if output.finish_reason is not None:
                             ended.append(by_request.pop(output.request_id))
-                    for attempt, goes_on in zip(ended, threads.map(_Attempt.answer, ended), strict=True):
+                    for attempt, goes_on in zip(ended, threads.map(Attempt.answer, ended), strict=True):
                         if goes_on:
                             by_request[attempt.ask()] = attempt
             finally:
@@ -127,8 +134,9 @@ class Rollouts:
         ).ids
 
 
-class _Attempt:
-    """A trajectory on its way."""
+class Attempt:
+    """A trajectory on its way: `ask` queues a turn, `take` keeps what the engine writes, and when the turn has ended, `answer`
+    lets the world reply; then `ask` again if it says so."""
 
     def __init__(self, rollouts: Rollouts, problem: Problem, seed: int):
         self.rollouts, self.problem, self.seed = rollouts, problem, seed
