@@ -109,6 +109,7 @@ class Loop:
         )
         self.curriculum = Curriculum(recipe.tasks, recipe.seed)
         self.step, self.seconds_before = 0, 0.0
+        self.resumed = checkpoint is not None
         self.metrics = MetricsFile(folder.metrics)
         if checkpoint is not None:
             self._restore(checkpoint)
@@ -133,7 +134,7 @@ class Loop:
         stopped_by, reward = None, math.nan
         interval = 0.5 if sys.stderr.isatty() else 10
         with tqdm(total=recipe.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
-            if self.step == 0:
+            if not self.resumed:
                 self.evaluate(bar)
                 self.save()
             while self.step < recipe.steps and stopped_by is None:

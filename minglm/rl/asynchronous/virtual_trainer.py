@@ -28,19 +28,8 @@ class VirtualLoop(BufferedLoop):
         own = recipe.asynchronous
         for worker in {slot.worker for group in self.buffer.open_groups.values() for slot in group.slots}:
             self.exchange.lost(worker)  # with the process that played it
-        self.workers = [
-            VirtualWorker(
-                f"worker-{number}",
-                own.room,
-                DURATIONS,
-                self.clock,
-                lambda: self.exchange,
-                self.sample,
-                recipe.seed,
-                self.record,
-            )
-            for number in range(own.workers)
-        ]
+        shared = DURATIONS, self.clock, lambda: self.exchange, self.sample, recipe.seed, self.record
+        self.workers = [VirtualWorker(f"worker-{number}", own.room, *shared) for number in range(own.workers)]
 
     def alone(self) -> AbstractContextManager[None]:
         return nullcontext()
