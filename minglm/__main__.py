@@ -466,6 +466,8 @@ def run_rl(command: RL) -> int:
     if outcome.stopped_by is not None:
         return _stopped(outcome, f"rl --recipe {run.config}")
     held_out = [record["rewards"]["all"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
+    is_asynchronous = command.recipe.mode == "asynchronous"
+    timeline = f"\n  {folder / 'timeline.png'}    what trainer and workers did when" if is_asynchronous else ""
     first, last = (f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in (held_out[0], held_out[-1]))
     print(f"""
 held-out problems: reward from {first} to {last}, 95% intervals
@@ -473,7 +475,7 @@ held-out problems: reward from {first} to {last}, 95% intervals
 made:
   {run.overview}    plots: rewards, lengths, entropy, the gap between sampler and trainer
   {outcome.checkpoint}    the policy: a Hugging Face folder, with its tokenizer
-  {folder / "rollouts"}    every attempt of every step, as text
+  {folder / "rollouts"}    every attempt of every step, as text{timeline}
   {run.metrics}    every number
   {run.config}    the recipe, with every default
 

@@ -7,7 +7,9 @@ import shutil
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -27,7 +29,8 @@ from minglm.rl.asynchronous.timeline import read_spans
 from minglm.rl.asynchronous.weights import WeightsError, checksums, take_weights, write_weights
 from minglm.rl.asynchronous.worker import Connection, WorkerError, work
 from minglm.rl.learner import Rows
-from minglm.rl.loop import rl
+from minglm.rl.loop import RLError, rl
+from minglm.rl.objective import named
 from minglm.rl.recipe import Asynchronous, Sampling
 from minglm.rl.rollout import Attempt, Limits, Rollouts
 from minglm.train.metrics import WALL_CLOCK, read_metrics
@@ -143,6 +146,24 @@ def test_the_server_wants_its_token_and_well_formed_messages(tmp_path):
     assert not (tmp_path / "server.json").exists()
 
 
+def test_a_journal_that_cannot_be_written_ends_the_run(base, tmp_path, monkeypatch):
+    def full(journal, calls):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Journal, "write", full)
+    with ThreadPoolExecutor(1) as thread:
+        run = thread.submit(rl, asynchronous(base), tmp_path / "run")
+        while not (tmp_path / "run" / "server.json").exists() and not run.done():
+            time.sleep(0.05)
+        address = json.loads((tmp_path / "run" / "server.json").read_text())
+        ask = Poll(worker="w", version=0, room=1, held=[], spans=[]).model_dump_json()
+        headers = {"Authorization": f"Bearer {address['token']}"}
+        answer = httpx.post(f"{address['url']}/poll", headers=headers, content=ask, trust_env=False)
+        assert answer.status_code == 500
+        with pytest.raises(RLError, match="no space left"):
+            run.result(600)
+
+
 # ------------------------------------------------------------------------------------------------------- the virtual clock
 
 
@@ -150,7 +171,10 @@ def asynchronous(base, steps=4, **changes):
     values = {"max_staleness": 2, "room": 8, "workers": 0, "lease_seconds": 5.0, **changes}
     sampling = Sampling(group_size=2, groups=3, tokens=12, rounds=1)
     own = Asynchronous(**values)
-    return recipe_of(base, steps=steps, mode="asynchronous", asynchronous=own, sampling=sampling, evaluate_every=0)
+    # A narrow band: what is dropped shows that the correction meets the gap that staleness makes.
+    objective = named("reinforce++", importance="mask_tokens", importance_low=0.99, importance_high=1.01)
+    common = {"mode": "asynchronous", "sampling": sampling, "objective": objective, "evaluate_every": 0}
+    return recipe_of(base, steps=steps, asynchronous=own, **common)
 
 
 def steps_of(folder):
@@ -170,6 +194,7 @@ def test_on_a_virtual_clock_a_run_is_the_same_to_the_bit_and_the_gap_is_told_by_
     assert seen.keys() == {0, 1, 2} and max(step["largest_staleness"] for step in steps) == 2
     for step in steps:
         assert all((gap == 0) == (staleness == "0") for staleness, gap in step["gap_by_staleness"].items())
+        assert (step["dropped"] > 0) == (step["staleness"] > 0)
     assert (tmp_path / "first" / "timeline.png").is_file()
     assert {span.who for span in read_spans(tmp_path / "first" / "timeline.jsonl")} == {"trainer", "worker-0", "worker-1"}
 

@@ -14,7 +14,7 @@ from minglm.rl.asynchronous.buffer import TRIES, Buffer, ScheduleError
 from minglm.rl.asynchronous.exchange import Exchange, Journal, JournalError, replay
 from minglm.rl.asynchronous.virtual import Durations, Sampled, VirtualClock, VirtualWorker
 
-PATIENCE = 20_000  # events of a schedule; a dead end would go on for ever
+PATIENCE = 50_000  # events, that is twenty minutes of a schedule or more; a dead end would go on for ever
 
 
 class Run:
@@ -89,7 +89,7 @@ SCHEDULES = st.fixed_dictionaries(
         "durations": st.builds(
             Durations,
             episode=st.sampled_from([0.1, 1.0]),
-            episode_spread=st.sampled_from([0.0, 1.0, 2.0]),
+            episode_spread=st.sampled_from([0.0, 1.0, 1.5]),
             training=st.sampled_from([0.1, 1.0, 5.0]),
             weights=st.sampled_from([0.0, 0.5]),
             death=st.sampled_from([math.inf, 20.0, 5.0]),

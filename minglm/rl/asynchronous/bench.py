@@ -36,22 +36,24 @@ from minglm.train.metrics import read_metrics
 from minglm.train.recipe import Optimizer
 
 TURNS, WORLD, POLICY = 3, "And then?", "Go on."
-MEDIAN, SPREAD = 0.4, 1.2  # seconds of a wait, and the standard deviation of its logarithm
+SPREAD = 1.2  # the standard deviation of a wait's logarithm
 
 
 @dataclass(frozen=True)
 class Waiting(Problem):
-    """A conversation of some turns whose other side takes its time; any answer is as good as its draw."""
+    """A conversation of some turns whose other side takes its time; any answer is as good as its draw. Its difficulty is the
+    median of the waits, in milliseconds."""
 
     number: int
+    milliseconds: int
     family = "waiting"
     stands_for = "Environments that wait (report, section 3.5): none of its tasks, but their latencies."
-    difficulties = range(1, 2)
+    difficulties = range(1, 60_001)
     chance = 0.5
 
     @classmethod
     def sample(cls, rng: random.Random, difficulty: int) -> "Waiting":
-        return cls(rng.getrandbits(40))
+        return cls(rng.getrandbits(40), difficulty)
 
     @property
     def key(self) -> str:
@@ -74,7 +76,7 @@ class Waiting(Problem):
         return self.demonstrate(False)
 
     def start(self) -> Episode:
-        return _Slow()
+        return _Slow(self.milliseconds / 1000)
 
 
 _STARTED = itertools.count()  # in both modes the first episode waits as the first, and so on
@@ -83,11 +85,11 @@ _STARTED = itertools.count()  # in both modes the first episode waits as the fir
 class _Slow(Episode):
     """Answers after a wait of its own draw."""
 
-    def __init__(self) -> None:
-        self.left, self.rng = TURNS, random.Random(next(_STARTED))
+    def __init__(self, median: float) -> None:
+        self.median, self.left, self.rng = median, TURNS, random.Random(next(_STARTED))
 
     def step(self, message: Message) -> list[Message]:
-        time.sleep(MEDIAN * math.exp(self.rng.gauss(0, SPREAD)))
+        time.sleep(self.median * math.exp(self.rng.gauss(0, SPREAD)))
         self.left -= 1
         self.done = self.left == 0
         return [] if self.done else [{"role": "user", "content": WORLD}]
@@ -99,7 +101,7 @@ FAMILIES[Waiting.family] = Waiting  # in this process, and in the worker's, whic
 def make_policy(folder: Path, patience: int = 400) -> None:
     """Write a small policy that knows its line by heart, and its tokenizer."""
     tokenizer = train_tokenizer([f"{WORLD} {POLICY}\n"] * 4, 300, show_progress=False)
-    problem = Waiting(0)
+    problem = Waiting(0, 1)
     talk = [*problem.messages, *problem.demonstrate(False), {"role": "user", "content": WORLD}]
     ids = torch.tensor([render_tokens(tokenizer, talk, None, False).ids])
     torch.manual_seed(0)
@@ -133,10 +135,10 @@ def _config(tokenizer: Tokenizer) -> GLMConfig:
     )
 
 
-def recipe_of(base: Path, steps: int) -> RLRecipe:
+def recipe_of(base: Path, steps: int, milliseconds: int) -> RLRecipe:
     return RLRecipe(
         base=base,
-        tasks=Tasks({Waiting.family: (1,)}, curriculum="none"),
+        tasks=Tasks({Waiting.family: (milliseconds,)}, curriculum="none"),
         steps=steps,
         sampling=Sampling(group_size=4, groups=4, tokens=16, turns=TURNS, thinking="non-thinking", rounds=1),
         objective=named("reinforce++"),
@@ -171,12 +173,15 @@ def _work(folder: Path) -> None:
     work(folder)
 
 
-def main(steps: int = 12, repeats: int = 1, folder: Path | None = None) -> None:
-    """Print trajectories a second of both modes, and their ratio. folder: keeps the runs, with the timeline as a plot."""
+def main(steps: int = 12, milliseconds: int = 400, repeats: int = 1, folder: Path | None = None) -> None:
+    """Print trajectories a second of both modes, and their ratio.
+
+    milliseconds: the median of a wait; folder: keeps the runs, with the timeline as a plot.
+    """
     torch.set_num_threads(1)
     folder = folder or Path(tempfile.mkdtemp(prefix="minglm-bench-"))
     make_policy(folder / "base")
-    recipe, ratios = recipe_of(folder / "base", steps), []
+    recipe, ratios = recipe_of(folder / "base", steps, milliseconds), []
     after = recipe.asynchronous.max_staleness + 1  # what was begun before the first step has been used up then
     for repeat in range(repeats):
         speeds = {}
@@ -187,8 +192,8 @@ def main(steps: int = 12, repeats: int = 1, folder: Path | None = None) -> None:
         ratios.append(speeds["asynchronous"] / speeds["synchronous"])
         shown = ", ".join(f"{mode} {speed:.2f}" for mode, speed in speeds.items())
         print(f"trajectories a second: {shown}; ratio {ratios[-1]:.2f}")
-    longest = MEDIAN * math.exp(SPREAD * 2)
-    print(f"waits of {MEDIAN} s in the median, one in 44 longer than {longest:.1f} s; {TURNS} turns an attempt")
+    median, longest = milliseconds / 1000, milliseconds / 1000 * math.exp(SPREAD * 2)
+    print(f"waits of {median} s in the median, one in 44 longer than {longest:.1f} s; {TURNS} turns an attempt")
     print(f"asynchronous / synchronous: {statistics.median(ratios):.2f}")
     print(f"made: {path / 'timeline.png'}")
 

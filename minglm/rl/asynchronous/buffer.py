@@ -140,7 +140,7 @@ class Buffer:
         oldest: the oldest version of its tokens. Raises ScheduleError for tokens older than the lease, or of no version yet.
         """
         found = [(group, slot) for group in self.open_groups.values() for slot in group.slots if slot.lease == lease]
-        if not found:  # given up; or trained on already, of which the worker need not know
+        if not found:  # given up; or out of the buffer already, of which the worker need not know
             return False
         ((group, slot),) = found
         if slot.delivered:

@@ -47,13 +47,14 @@ class Server:
         self.lock = threading.Condition()
         self.stopping = False
         self.told: set[str] = set()  # workers that know of it
+        self.failure: Exception | None = None  # of a request, by a fault of ours: the journal may lack what the buffer has
         self.token = secrets.token_urlsafe(32)
         routes = [
             Route("/poll", self.poll, methods=["POST"]),
             Route("/deliver", self.deliver, methods=["POST"]),
             Route("/weights/{version:int}", self.get_weights),
         ]
-        self._server = uvicorn_server(Starlette(routes=routes), host, 0)
+        self._server = uvicorn_server(Starlette(routes=routes, exception_handlers={Exception: self._fail}), host, 0)
         self._thread = threading.Thread(target=self._server.run, name="rl-server", daemon=True)
         self._host = host
 
@@ -111,6 +112,12 @@ class Server:
         except FileNotFoundError:  # replaced by a newer one, or not made anew yet by a trainer that came back
             raise HTTPException(404, f"there are no weights of version {version}") from None
         return StreamingResponse(_chunks(file))  # goes on where the file is deleted meanwhile
+
+    async def _fail(self, request: Request, error: Exception) -> Response:
+        with self.lock:
+            self.failure = error
+            self.lock.notify_all()
+        return JSONResponse({"detail": "the trainer failed, and ends"}, 500)
 
     async def _read(self, request: Request, kind: type[BaseModel]) -> BaseModel:
         self._check(request)

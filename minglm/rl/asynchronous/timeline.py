@@ -58,9 +58,13 @@ def write_spans(spans: Sequence[Span], path: Path) -> None:
         file.writelines(span.model_dump_json() + "\n" for span in spans)
 
 
-def read_spans(path: Path) -> list[Span]:
-    """All spans of a file; a last line that a kill has cut off is left out."""
-    return [Span.model_validate_json(line) for line in path.read_bytes().split(b"\n")[:-1]]
+def read_spans(path: Path, most_bytes: int = 2**23) -> list[Span]:
+    """The spans at the end of a file; a last line that a kill has cut off is left out."""
+    with path.open("rb") as file:
+        cut = max(0, path.stat().st_size - most_bytes)
+        file.seek(cut)
+        lines = file.read().split(b"\n")[:-1]
+    return [Span.model_validate_json(line) for line in lines[cut > 0 :]]
 
 
 def plot_timeline(spans: Sequence[Span], path: Path, title: str, seconds: float = SHOWN_SECONDS) -> None:

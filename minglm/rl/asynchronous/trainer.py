@@ -186,6 +186,8 @@ class AsynchronousLoop(BufferedLoop):
     def wait_for(self, step: int) -> Batch:
         with self.server.lock:
             while (batch := self.exchange.take(step)) is None:
+                if (failure := self.server.failure) is not None:
+                    raise RLError(f"step {step}: a worker's request failed: {failure}") from failure
                 for dead in self.workers.look_after():
                     self.exchange.lost(dead)
                     now = self.clock()
