@@ -69,7 +69,7 @@ class Asynchronous:
     lease_seconds: float = 30.0
     """A worker that has not been heard of for so long loses what it has under way to others."""
     host: str = "127.0.0.1"
-    """The address at which the trainer listens for workers, by plain HTTP with a token: others only in a network to be trusted."""
+    """Where the trainer listens for workers, by plain HTTP with a token: elsewhere only in a network that can be trusted."""
     clock: Literal["wall", "virtual"] = "wall"
     """virtual: one process, workers played with drawn durations; the schedule is the same every time."""
 
