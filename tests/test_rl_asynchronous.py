@@ -168,7 +168,7 @@ def test_a_journal_that_cannot_be_written_ends_the_run(base, tmp_path, monkeypat
 
 
 def asynchronous(base, steps=4, **changes):
-    values = {"max_staleness": 2, "room": 8, "workers": 0, "lease_seconds": 5.0, **changes}
+    values = {"max_staleness": 2, "room": 8, "workers": 0, "lease_seconds": 10.0, **changes}
     sampling = Sampling(group_size=2, groups=3, tokens=12, rounds=1)
     own = Asynchronous(**values)
     # A narrow band: what is dropped shows that the correction meets the gap that staleness makes.

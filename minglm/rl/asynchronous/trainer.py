@@ -28,7 +28,7 @@ from minglm.train.trainer import Outcome
 
 LOOK_SECONDS = 0.2  # from one look after workers to the next, while the trainer waits
 WORKER = "python -m minglm.rl.asynchronous.worker"
-FAREWELL_SECONDS = 5.0  # for workers to hear that the run is over
+FAREWELL_SECONDS = 5.0  # for workers to end when they have been told to
 
 
 class BufferedLoop(Loop):
@@ -178,7 +178,7 @@ class AsynchronousLoop(BufferedLoop):
             try:
                 return super().run(stop)
             finally:
-                self.server.say_stop(FAREWELL_SECONDS)
+                self.server.say_stop(self.recipe.asynchronous.lease_seconds)  # who is not heard of for so long is dead
 
     def alone(self) -> AbstractContextManager[Any]:
         return self.server.lock
