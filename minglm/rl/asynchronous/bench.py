@@ -144,7 +144,7 @@ def recipe_of(base: Path, steps: int, milliseconds: int) -> RLRecipe:
         objective=named("reinforce++"),
         optimizer=Optimizer(learning_rate=1e-6),  # the line is to be known to the end
         evaluate_every=0,
-        evaluation_problems=1,
+        evaluation_problems=2,
         checkpoint_every=steps,
         asynchronous=Asynchronous(workers=0, room=64),
     )
