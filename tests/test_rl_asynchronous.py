@@ -334,8 +334,12 @@ def timeless(steps):
 def run_with_kills(base, folder, steps, kills, workers, seed):
     recipe = asynchronous(base, steps=steps)
     cluster, rng = Cluster(recipe, folder, workers), random.Random(seed)
-    victims = Counter("trainer" if cluster.kill(rng) == "trainer" else "worker" for _ in range(kills))
-    cluster.finish()
+    try:
+        victims = Counter("trainer" if cluster.kill(rng) == "trainer" else "worker" for _ in range(kills))
+        cluster.finish()
+    finally:
+        for process in (cluster.trainer, *cluster.workers):
+            process.kill()
     audit(recipe, folder)
     return victims
 
