@@ -604,6 +604,8 @@ def run_rl(command: RL) -> int:
         return _stopped(outcome, f"rl --recipe {run.config}")
     held_out = [record["rewards"]["all"] for record in read_metrics(run.metrics) if record["kind"] == "held_out"]
     first, last = (Estimate(*reward, count=0).text() for reward in (held_out[0], held_out[-1]))
+    is_asynchronous = command.recipe.mode == "asynchronous"
+    timeline = f"\n  {folder / 'timeline.png'}    what trainer and workers did when" if is_asynchronous else ""
     print(f"""
 held-out problems: reward from {first} to {last}, 95% intervals
 
@@ -611,7 +613,7 @@ made:
   {run.overview}    plots: rewards, lengths, entropy, the gap between sampler and trainer
   {outcome.checkpoint}    the policy: a Hugging Face folder, with its tokenizer
   {folder / "rollouts.html"}    the attempts, to read in a browser
-  {folder / "rollouts"}    every attempt of every step, as text
+  {folder / "rollouts"}    every attempt of every step, as text{timeline}
   {run.metrics}    every number
   {run.config}    the recipe, with every default
 

@@ -61,7 +61,7 @@ def test_what_goes_wrong_is_a_failed_attempt_and_no_reward(kind):
 
 
 def test_what_an_environment_says_too_late_is_not_heard():
-    environments, woke = Environments(0.1), threading.Event()
+    environments, woke, stays = Environments(0.1), threading.Event(), threading.Event()
 
     def late():
         woke.wait()
@@ -70,9 +70,10 @@ def test_what_an_environment_says_too_late_is_not_heard():
     (answer,) = environments.ask([late])
     assert answer == Failure("time-out", "no answer within 0.1 s") and len(environments.hanging) == 1
     woke.set()
-    environments.hanging[0].join()
+    environments.hanging[0].result()
     assert environments.ask([lambda: Answer([], True, Verdict(0.5))])[0].verdict.reward == 0.5
-    assert environments.hanging == []
+    assert environments.ask([lambda: stays.wait()])[0].kind == "time-out" and len(environments.hanging) == 1
+    stays.set()
 
 
 def test_answers_come_in_order_however_many_there_are():

@@ -56,14 +56,17 @@ class Curriculum:
 
     def draw(self, step: int, first: int, count: int) -> list[tuple[Pool, Problem]]:
         """Problems first, first + 1, ... of a step: a function of seed, step and number, and of the state."""
-        chosen = self.chosen()
         found = []
         for number in range(first, first + count):
-            rng = random.Random(f"{self.seed} {step} {number}")
-            pool = rng.choice(self.pools if rng.random() < EXPLORED else chosen)
-            family, level = pool
-            found.append((pool, next(problems(FAMILIES[family], TRAIN, rng.getrandbits(62), [level]))))
+            (family, level), draw = self.pick(step, number)
+            found.append(((family, level), next(problems(FAMILIES[family], TRAIN, draw, [level]))))
         return found
+
+    def pick(self, step: int, number: int) -> tuple[Pool, int]:
+        """The pool of a problem, and the seed that it is drawn with."""
+        rng = random.Random(f"{self.seed} {step} {number}")
+        pool = rng.choice(self.pools if rng.random() < EXPLORED else self.chosen())
+        return pool, rng.getrandbits(62)
 
     def rate(self, pool: Pool) -> float | None:
         """The pass rate of the last attempts; None without any."""

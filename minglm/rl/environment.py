@@ -6,8 +6,8 @@ a reward: such an attempt has failed, for a reason that is kept and counted.
 
 import math
 import threading
-import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 from minglm.tasks.task import Episode, Message, Problem, Verdict
@@ -35,6 +35,9 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.kind}: {self.text}"
+
+
+Question = Callable[[], Answer | Failure]
 
 
 class Environment:
@@ -67,43 +70,45 @@ class Environments:
 
     What has not answered by then has failed. Python cannot stop a thread: the one that waits is left behind as a daemon, which
     ends with its call or with the process, and what it still says is not heard. Where more than `AT_A_TIME` have been left
-    behind and still run, `ask` raises HangingEnvironments. A call that never gives back the interpreter's lock, such as a
+    behind and still run, `hear` raises HangingEnvironments. A call that never gives back the interpreter's lock, such as a
     regular expression that backtracks for hours, stops this process too: code like that belongs into the sandbox, which kills
     it. Which attempts are too slow depends on the clock, so a run in which some are is not the same when it runs again.
     """
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self.hanging: list[threading.Thread] = []
+        self.hanging: list[Future[Answer | Failure]] = []
 
-    def ask(self, questions: Sequence[Callable[[], Answer | Failure]]) -> list[Answer | Failure]:
-        """Call all, `AT_A_TIME` at the same time -> what they returned, in order; a Failure for what was raised."""
+    def ask(self, questions: Sequence[Question]) -> list[Answer | Failure]:
+        """Ask all, `AT_A_TIME` at the same time -> what they answered, in order; a Failure for what was raised."""
         found: list[Answer | Failure] = []
         for start in range(0, len(questions), AT_A_TIME):
-            found += self._ask(questions[start : start + AT_A_TIME])
+            asked = [self.start(question) for question in questions[start : start + AT_A_TIME]]
+            wait(asked, self.seconds)
+            found += map(self.hear, asked)
         return found
 
-    def _ask(self, questions: Sequence[Callable[[], Answer | Failure]]) -> list[Answer | Failure]:
-        heard: list[Answer | Failure | None] = [None] * len(questions)
+    def start(self, question: Question) -> "Future[Answer | Failure]":
+        """Ask, in a thread of its own."""
+        asked: Future[Answer | Failure] = Future()
 
-        def listen(number: int) -> None:
+        def listen() -> None:
             try:
-                heard[number] = questions[number]()
-            except Exception as error:  # whatever it is: the attempt has failed, the run has not
-                heard[number] = Failure(type(error).__name__, str(error))
+                asked.set_result(question())
+            except BaseException as error:  # whatever it is: the attempt has failed, the run has not
+                asked.set_result(Failure(type(error).__name__, str(error)))
 
-        threads = [threading.Thread(target=listen, args=(number,), daemon=True) for number in range(len(questions))]
-        for thread in threads:
-            thread.start()
-        until = time.monotonic() + self.seconds
-        for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
-        too_late = Failure("time-out", f"no answer within {self.seconds:g} s")
-        answers = [answer or too_late for answer in heard]
-        self.hanging = [thread for thread in (*self.hanging, *threads) if thread.is_alive()]
+        threading.Thread(target=listen, daemon=True).start()
+        return asked
+
+    def hear(self, asked: "Future[Answer | Failure]") -> Answer | Failure:
+        """The answer; where there is none yet, it is too late."""
+        if asked.done():
+            return asked.result()
+        self.hanging = [one for one in (*self.hanging, asked) if not one.done()]
         if len(self.hanging) > AT_A_TIME:
             raise HangingEnvironments(
                 f"{len(self.hanging)} environments have not answered within {self.seconds:g} s each and still run; the same "
                 "command goes on from the newest checkpoint when this is put right"
             )
-        return answers
+        return Failure("time-out", f"no answer within {self.seconds:g} s")

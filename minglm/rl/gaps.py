@@ -10,14 +10,15 @@ from minglm.rl.rows import Rows
 
 
 class Gaps(NamedTuple):
-    """Over the tokens that the policy chose, floats; a gap is an absolute difference of log-probabilities, in nats.
+    """Over the tokens that the policy chose, floats but for the last; gap: absolute difference of log-probabilities, in nats.
 
     largest_gap, mean_gap: with the trainer's pass before the first update, by which the step corrects. fresh_gap: the mean over
     tokens of the present weights, which is what precision and routing do; stale_gap: over older ones, what staleness does
     besides; both 0 without such tokens. own_routing_gap: the mean if each side routes for itself; with R3, which replays the
     sampler's routing, the difference to mean_gap is what routing does. rerouted: the share of tokens that trainer and sampler
     send to different experts in one layer at least; 0 where the sampler's experts are not recorded. staleness and
-    largest_staleness: how many updates older than the present weights those that sampled a token are.
+    largest_staleness: how many updates older than the present weights those that sampled a token are; gap_by_staleness: the
+    mean gap of the tokens of each age that there is.
     """
 
     largest_gap: float
@@ -28,6 +29,7 @@ class Gaps(NamedTuple):
     rerouted: float
     staleness: float
     largest_staleness: float
+    gap_by_staleness: dict[int, float]
 
 
 def measure_gaps(
@@ -59,7 +61,8 @@ def measure_gaps(
         ages.mean(),
         ages.max(),
     ]
-    return Gaps(*torch.stack(numbers).tolist())
+    by_staleness = {int(age): gaps[ages == age].mean().item() for age in ages.unique().tolist()}
+    return Gaps(*torch.stack(numbers).tolist(), by_staleness)
 
 
 def _mean(values: Tensor) -> Tensor:

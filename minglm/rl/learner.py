@@ -59,9 +59,9 @@ class Before(NamedTuple):
 
 
 class StepNumbers(NamedTuple):
-    """What a step has to tell, floats: losses, gradient norm before clipping, and per token that counts: the shares clipped
-    and dropped, the entropy's estimate -log pi of what was sampled; the share of sequences whose group says something; then
-    `minglm.rl.gaps.Gaps`."""
+    """What a step has to tell, floats but for the last: losses, gradient norm before clipping, and per token that counts: the
+    shares clipped and dropped, the entropy's estimate -log pi of what was sampled; the share of sequences whose group says
+    something; then `minglm.rl.gaps.Gaps`."""
 
     loss: float
     value_loss: float
@@ -78,6 +78,7 @@ class StepNumbers(NamedTuple):
     rerouted: float
     staleness: float
     largest_staleness: float
+    gap_by_staleness: dict[int, float]
 
 
 class PolicyLearner(Learner):

@@ -1,4 +1,5 @@
 """Reinforcement learning, synchronous and colocated: sample, verify, advantages, loss, update, and again.
+`minglm.rl.asynchronous` derives the loop whose samples come from other processes.
 
 One process, and one set of weights: the engine samples with the very tensors that the step has changed, so nothing is pushed
 (slime's synchronous mode, report, section 3.5), unless the sampler is to have a copy in FP8. In the exact gear the trainer
@@ -17,7 +18,6 @@ from typing import Any
 from tqdm import tqdm
 
 from minglm import ops
-from minglm.chat import MODES
 from minglm.config import GLMConfig
 from minglm.engine.engine import Engine
 from minglm.rl.browser import write_browser
@@ -26,7 +26,7 @@ from minglm.rl.held_out import attempt_held_out, set_aside
 from minglm.rl.learner import PolicyLearner
 from minglm.rl.objective import formula
 from minglm.rl.plots import plot_run
-from minglm.rl.practice import practise
+from minglm.rl.practice import Practice, practise
 from minglm.rl.quantised import fp8_copy, fp8_state
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
 from minglm.rl.records import record_of, write_rollouts
@@ -60,7 +60,16 @@ def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> O
     with ExitStack() as stack:
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
-        return Loop(recipe, folder, tokenizer, config, device, base, checkpoint).run(stop)
+        return loop_of(recipe)(recipe, folder, tokenizer, config, device, base, checkpoint).run(stop)
+
+
+def loop_of(recipe: RLRecipe) -> type["Loop"]:
+    """What runs the recipe's mode."""
+    if recipe.mode == "synchronous":
+        return Loop
+    from minglm.rl.asynchronous import trainer, virtual_trainer  # which derive from Loop
+
+    return virtual_trainer.VirtualLoop if recipe.asynchronous.clock == "virtual" else trainer.AsynchronousLoop
 
 
 class Loop:
@@ -92,19 +101,12 @@ class Loop:
         self.curriculum = Curriculum(recipe.tasks, recipe.seed)
         self.temperature = Temperature(recipe.sampling)
         self.step, self.seconds_before = 0, 0.0
+        self.resumed = checkpoint is not None
         self.metrics = MetricsFile(folder.metrics)
         if checkpoint is not None:
             self._restore(checkpoint)
         sampling = recipe.sampling
-        self.limits = Limits(
-            max(sampling.stages),
-            sampling.turns,
-            sampling.temperature,
-            MODES[sampling.thinking],
-            sampling.format_penalty,
-            sampling.context,
-            sampling.environment_seconds,
-        )
+        self.limits = Limits.of(sampling)
         self.engine = Engine(
             fp8_copy(self.learner.model) if sampling.precision == "fp8" else self.learner.model,
             tokenizer,
@@ -112,9 +114,8 @@ class Loop:
             max_running=sampling.groups * sampling.group_size,
         )
         self.engine.weights_version = self.step  # counts steps, also over a resumption
-        compares_routing = recipe.routing_replay == "R3" or sampling.precision == "fp8"
         rewards = combined(recipe.rewards, device.torch_device)
-        self.rollouts = Rollouts(self.engine, tokenizer, self.limits, compares_routing, rewards.apply)
+        self.rollouts = Rollouts(self.engine, tokenizer, self.limits, recipe.records_experts, rewards.apply)
         self.held_out, self.validation = set_aside(recipe)
 
     def run(self, stop: StopRequest) -> Outcome:
@@ -126,7 +127,7 @@ class Loop:
         stopped_by, reward = None, math.nan
         interval = 0.5 if sys.stderr.isatty() else 10
         with tqdm(total=recipe.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
-            if self.step == 0:
+            if not self.resumed:
                 self.evaluate(bar)
                 self.save()
             while self.step < recipe.steps and stopped_by is None:
@@ -146,14 +147,14 @@ class Loop:
         """Sample, verify, update. -> the mean reward of all that was sampled."""
         self.step += 1
         began = time.perf_counter()
-        tokens, temperature = self.recipe.sampling.tokens_at(self.step, self.recipe.steps), self.temperature.value
-        self.rollouts.limits = replace(self.limits, tokens=tokens, temperature=temperature)
-        practice = practise(self.rollouts, self.curriculum, self.recipe.sampling, self.recipe.seed, self.step)
+        limits = self.limits_at(self.step)
+        practice = self.practise()
         sampled = time.perf_counter()
         record: dict[str, Any] = {"step": self.step, "kind": "step"}
         if practice.kept:
             numbers = self.learner.policy_step(practice.trajectories, practice.groups, version=self.engine.weights_version)
-            bad = [key for key, value in numbers._asdict().items() if not math.isfinite(value)] or self.learner.bad_weights()
+            floats = {key: value for key, value in numbers._asdict().items() if isinstance(value, float)}
+            bad = [key for key, value in floats.items() if not math.isfinite(value)] or self.learner.bad_weights()
             if bad:
                 raise TrainingDiverged(
                     f"step {self.step}: not finite: {bad}. The last good checkpoint is "
@@ -166,19 +167,30 @@ class Loop:
             self.engine.weights_changed()  # in place: these are the learner's
         record |= {
             **record_of(practice),
-            "tokens": tokens,
-            "temperature": temperature,
+            "tokens": limits.tokens,
+            "temperature": limits.temperature,
             "curriculum_stage": self.curriculum.stage,
             "curriculum": self.curriculum.record(),
             "seconds": self._seconds(),
             "sampling_seconds": sampled - began,
             "update_seconds": time.perf_counter() - sampled,
+            **practice.numbers,
         }
         self.metrics.write(record)
         write_rollouts([*practice.judged, *practice.failed], self.tokenizer, self.folder.path / "rollouts", self.step)
         if self.temperature.learn(record["reward"]):
             self.choose_temperature()
         return record["reward"]
+
+    def limits_at(self, step: int) -> Limits:
+        """Of what is sampled for a step, by the temperature that is known now."""
+        tokens = self.recipe.sampling.tokens_at(min(step, self.recipe.steps), self.recipe.steps)
+        return replace(self.limits, tokens=tokens, temperature=self.temperature.value)
+
+    def practise(self) -> Practice:
+        """What the step is to learn from."""
+        self.rollouts.limits = self.limits_at(self.step)
+        return practise(self.rollouts, self.curriculum, self.recipe.sampling, self.recipe.seed, self.step)
 
     def evaluate(self, bar: tqdm) -> None:
         """Record the reward on held-out problems, always at the recipe's temperature and full length."""
@@ -201,24 +213,30 @@ class Loop:
         with self.learner.writing(self.folder.checkpoint(self.step)) as aside:
             state = self.learner.save(aside)
             self.tokenizer.save_pretrained(aside)
-            own = {
-                "step": self.step,
-                "seconds": self._seconds(),
-                "curriculum": self.curriculum.state_dict(),
-                "temperature": self.temperature.state_dict(),
-            }
-            write_state({**state, **own}, aside)
+            write_state({**state, **self.own_state()}, aside)
         # As a run that goes on from here begins: prefixes that held-out problems have left would change last bits.
         self.engine.blocks.forget_prefixes()
         self.folder.prune(self.recipe.keep)
         plot_run(read_metrics(self.folder.metrics), self.folder.overview, f"minglm: {self.folder.path.name}")
 
-    def _restore(self, checkpoint: Path) -> None:
-        state = read_state(checkpoint)
+    def own_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold beside the learner's state."""
+        return {
+            "step": self.step,
+            "seconds": self._seconds(),
+            "curriculum": self.curriculum.state_dict(),
+            "temperature": self.temperature.state_dict(),
+        }
+
+    def load_own_state(self, state: dict[str, Any]) -> None:
         self.step, self.seconds_before = state["step"], state["seconds"]
-        self.learner.load(checkpoint, state)
         self.curriculum.load_state_dict(state["curriculum"])
         self.temperature.load_state_dict(state["temperature"])
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        self.learner.load(checkpoint, state)
+        self.load_own_state(state)
         self.metrics.cut_back(self.step)
         print(f"resuming: {checkpoint}")
 

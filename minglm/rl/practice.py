@@ -3,6 +3,7 @@
 import random
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from minglm.rl.curriculum import Curriculum, Pool
 from minglm.rl.objective import SPREAD
@@ -25,6 +26,7 @@ class Practice:
     pools: list[Pool] = field(default_factory=list)  # of each in `judged`
     rounds: int = 0
     without_spread: int = 0  # groups that were left out for that
+    numbers: dict[str, Any] = field(default_factory=dict)  # what else the step's record is to tell
 
     @property
     def trajectories(self) -> list[Trajectory]:
@@ -39,6 +41,31 @@ class Practice:
     def failures(self) -> dict[str, int]:
         """How many attempts have failed, by kind."""
         return dict(Counter(one.failure.kind for one in self.failed))
+
+    def add(self, group: list[Trajectory], pool: Pool, by_spread: bool) -> None:
+        """Attempts at one problem. by_spread: keep no group without a spread of rewards."""
+        judged = [one for one in group if one.verdict is not None]
+        self.judged += judged
+        self.pools += [pool] * len(judged)
+        if len(judged) < len(group):
+            self.failed += [one for one in group if one.verdict is None]
+            return
+        self.whole.append(group)
+        rewards = [one.verdict.reward for one in group]
+        if by_spread and max(rewards) - min(rewards) <= SPREAD:
+            self.without_spread += 1
+        else:
+            self.kept.append(group)
+
+    def tell(self, curriculum: Curriculum, step: int) -> None:
+        """The curriculum learns from every attempt with a verdict. Raises RLError where none has one."""
+        if not self.judged:
+            reasons = Counter(str(one.failure) for one in self.failed).most_common(3)
+            raise RLError(
+                f"step {step}: all {len(self.failed)} attempts have failed, by no fault of the policy's; nothing was learnt or "
+                f"lost. Most often: {'; '.join(f'{reason} ({count} times)' for reason, count in reasons)}"
+            )
+        curriculum.learn(self.pools, [one.verdict.reward for one in self.judged])
 
 
 def practise(rollouts: Rollouts, curriculum: Curriculum, sampling: Sampling, seed: int, step: int) -> Practice:
@@ -59,27 +86,6 @@ def practise(rollouts: Rollouts, curriculum: Curriculum, sampling: Sampling, see
         found.rounds += 1
         attempts = rollouts.collect(asked)
         for (pool, _), group in zip(problems, groups_of(attempts, sampling.group_size), strict=True):
-            _sort(found, list(group), pool, sampling.rounds > 1)
-    if not found.judged:
-        reasons = Counter(str(one.failure) for one in found.failed).most_common(3)
-        raise RLError(
-            f"step {step}: all {len(found.failed)} attempts have failed, by no fault of the policy's; nothing was learnt or "
-            f"lost. Most often: {'; '.join(f'{reason} ({count} times)' for reason, count in reasons)}"
-        )
-    curriculum.learn(found.pools, [one.verdict.reward for one in found.judged])
+            found.add(list(group), pool, sampling.rounds > 1)
+    found.tell(curriculum, step)
     return found
-
-
-def _sort(found: Practice, group: list[Trajectory], pool: Pool, by_spread: bool) -> None:
-    judged = [one for one in group if one.verdict is not None]
-    found.judged += judged
-    found.pools += [pool] * len(judged)
-    if len(judged) < len(group):
-        found.failed += [one for one in group if one.verdict is None]
-        return
-    found.whole.append(group)
-    rewards = [one.verdict.reward for one in group]
-    if by_spread and max(rewards) - min(rewards) <= SPREAD:
-        found.without_spread += 1
-    else:
-        found.kept.append(group)

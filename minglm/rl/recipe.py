@@ -117,6 +117,32 @@ class Rewards:
 
 
 @dataclass(frozen=True)
+class Asynchronous:
+    """How rollout workers and trainer work side by side, in mode "asynchronous"."""
+
+    max_staleness: int = 2
+    """Steps that the trained weights may have done since a token's; 0: workers and trainer take turns."""
+    workers: int = 1
+    """Rollout processes that the run starts; 0: others start them (python -m minglm.rl.asynchronous.worker RUN_FOLDER)."""
+    room: int = 64
+    """Attempts that a worker has under way at most, those that wait for their environment included."""
+    lease_seconds: float = 30.0
+    """A worker that has not been heard of for so long loses what it has under way to others."""
+    host: str = "127.0.0.1"
+    """Where the trainer listens for workers, by plain HTTP with a token: elsewhere only in a network that can be trusted."""
+    clock: Literal["wall", "virtual"] = "wall"
+    """virtual: one process, workers played with drawn durations; the schedule is the same every time."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_staleness", "workers"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        require(self.room >= 1, "room", self.room, "1 or more")
+        require(self.lease_seconds > 0, "lease_seconds", self.lease_seconds, "above 0")
+        alone = self.clock == "virtual" and self.workers == 0
+        require(not alone, "workers", self.workers, "1 or more with clock 'virtual'")
+
+
+@dataclass(frozen=True)
 class RLRecipe:
     """Everything that decides a run."""
 
@@ -126,6 +152,9 @@ class RLRecipe:
     """The policy to start from: a run folder, or a Hugging Face folder with its tokenizer."""
     seed: int = 1
     """Everything random hangs on it."""
+    mode: Literal["synchronous", "asynchronous"] = "synchronous"
+    """synchronous: one process that samples and trains by turns. asynchronous: rollout workers sample meanwhile."""
+    asynchronous: Asynchronous = field(default_factory=Asynchronous)
     sampling: Sampling = field(default_factory=Sampling)
     rewards: Rewards = field(default_factory=Rewards)
     objective: Objective = field(default_factory=Objective)
@@ -154,6 +183,11 @@ class RLRecipe:
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("evaluate_every", "keep", "mtp_weight", "balance_weight"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+
+    @property
+    def records_experts(self) -> bool:
+        """Whether rollouts keep the experts that each token went to: R3 replays them, and FP8 may choose others."""
+        return self.routing_replay == "R3" or self.sampling.precision == "fp8"
 
     def as_training(self, model: GLMConfig) -> Recipe:
         """As `minglm.train.learner.Learner` reads it."""

@@ -13,11 +13,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minglm.chat import ChatError, parse, render_tokens
+from minglm.chat import MODES, ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import RequestOutput
-from minglm.rl.environment import Answer, Environment, Environments, Failure
+from minglm.rl.environment import Answer, Environment, Environments, Failure, Question
+from minglm.rl.recipe import Sampling
 from minglm.tasks.task import Message, Problem, Verdict
 from minglm.tokenizer import Tokenizer
 
@@ -83,12 +84,19 @@ class Limits:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} = {getattr(self, name)}: wanted above 0")
 
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Limits":
+        """Those of a recipe, at its temperature and full length."""
+        s = sampling
+        return cls(max(s.stages), s.turns, s.temperature, MODES[s.thinking], s.format_penalty, s.context, s.environment_seconds)
+
 
 class Asked(NamedTuple):
-    """A problem to attempt, and the seed of everything that is drawn for it."""
+    """A problem to attempt, the seed of everything that is drawn for it, and limits of its own: None for the rollouts'."""
 
     problem: Problem
     seed: int
+    limits: Limits | None = None
 
 
 Judge = Callable[[Sequence[Trajectory]], None]
@@ -127,7 +135,7 @@ class Rollouts:
 
         Raises ChatError if a problem itself cannot be put into the template, HangingEnvironments.
         """
-        attempts = [_Attempt(self, *one) for one in asked]
+        attempts = [Attempt(self, one) for one in asked]
         by_request = {attempt.ask(): attempt for attempt in attempts if attempt.has_room()}
         try:
             while by_request:
@@ -163,13 +171,16 @@ class Rollouts:
         ).ids
 
 
-class _Attempt:
-    """A trajectory on its way."""
+class Attempt:
+    """A trajectory on its way: if it `has_room`, `ask` queues a turn, `take` keeps what the engine writes, and when that has
+    ended, `end_turn` says what to ask the environment, whose answer `hear` takes; then `ask` again if it says so."""
 
-    def __init__(self, rollouts: Rollouts, problem: Problem, seed: int):
-        self.rollouts, self.problem, self.seed = rollouts, problem, seed
+    def __init__(self, rollouts: Rollouts, asked: Asked):
+        self.rollouts, self.problem, self.seed = rollouts, asked.problem, asked.seed
+        self.limits = asked.limits or rollouts.limits
+        problem = self.problem
         self.environment = Environment(problem)
-        self.trajectory = Trajectory(problem, [], [], [], [], temperature=rollouts.limits.temperature)
+        self.trajectory = Trajectory(problem, [], [], [], [], temperature=self.limits.temperature)
         self._append(rollouts._render(problem.messages, problem))
         self.text, self.finish = "", ""
         self.experts: list[Tensor] = []  # of this turn, from the first id on
@@ -183,7 +194,7 @@ class _Attempt:
 
     def ask(self) -> int:
         """Queue the next turn -> the id of the request."""
-        limits = self.rollouts.limits
+        limits = self.limits
         self.text, self.experts = "", []
         return self.rollouts.engine.add(
             self.trajectory.ids,
@@ -210,9 +221,9 @@ class _Attempt:
             self.experts.append(output.experts.to(torch.int16))
         self.finish = output.finish_reason or ""
 
-    def end_turn(self) -> Callable[[], Answer | Failure] | None:
+    def end_turn(self) -> Question | None:
         """The policy has spoken -> what to ask the environment; None if the attempt has ended without it."""
-        trajectory, tools, limits = self.trajectory, self.problem.tools, self.rollouts.limits
+        trajectory, tools, limits = self.trajectory, self.problem.tools, self.limits
         if self.experts:  # earlier turns are computed again, but what was sampled then has seen the experts of then
             known = trajectory.experts
             parts = self.experts if known is None else [known, torch.cat(self.experts)[len(known) :]]
