@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from small_run import in_child
-from test_rl_loop import recipe_of
+from test_rl_loop import CONTEXT, recipe_of
 from test_rl_rollout import TOKENIZER, Echo, policy
 
 from minglm import ops
@@ -177,7 +177,7 @@ def test_a_journal_that_cannot_be_written_ends_the_run(base, tmp_path, monkeypat
 
 def asynchronous(base, steps=4, **changes):
     values = {"max_staleness": 2, "room": 8, "workers": 0, "lease_seconds": 10.0, **changes}
-    sampling = Sampling(group_size=2, groups=3, tokens=12, rounds=1)
+    sampling = Sampling(group_size=2, groups=3, tokens=12, rounds=1, context=CONTEXT)
     own = Asynchronous(**values)
     # A narrow band: what is dropped shows that the correction meets the gap that staleness makes.
     objective = named("reinforce++", importance="mask_tokens", importance_low=0.99, importance_high=1.01)
