@@ -6,16 +6,22 @@ import random
 import re
 import shutil
 import signal
+import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import httpx
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 from safetensors.torch import load, save
 from small_run import in_child
 from test_rl_loop import CONTEXT, recipe_of
+from test_rl_rewards import reward_model
 from test_rl_rollout import TOKENIZER, Echo, policy
 
 from minglm import ops
@@ -25,18 +31,22 @@ from minglm.engine.engine import Engine
 from minglm.rl.asynchronous import bench, staleness
 from minglm.rl.asynchronous.buffer import Buffer
 from minglm.rl.asynchronous.exchange import Exchange, Journal, replay
-from minglm.rl.asynchronous.messages import Delivery, Order, Poll, Result
+from minglm.rl.asynchronous.messages import Delivery, Experts, Order, Poll, Result
 from minglm.rl.asynchronous.server import Server
 from minglm.rl.asynchronous.timeline import read_spans
 from minglm.rl.asynchronous.weights import WeightsError, checksums, take_weights, write_weights
-from minglm.rl.asynchronous.worker import Connection, WorkerError, work
+from minglm.rl.asynchronous.worker import Connection, Worker, WorkerError, work
+from minglm.rl.environment import Failure
 from minglm.rl.learner import PolicyLearner
 from minglm.rl.loop import rl
 from minglm.rl.objective import named
 from minglm.rl.practice import RLError
-from minglm.rl.recipe import Asynchronous, Sampling, save_rl_recipe
-from minglm.rl.rollout import Asked, Attempt, Limits, Rollouts
+from minglm.rl.recipe import Asynchronous, Rewards, Sampling, Tasks, save_rl_recipe
+from minglm.rl.rewards import combined
+from minglm.rl.rollout import Asked, Attempt, Limits, Rollouts, Trajectory
 from minglm.rl.rows import Rows
+from minglm.tasks import FAMILIES
+from minglm.tasks.task import Verdict
 from minglm.train.metrics import WALL_CLOCK, read_metrics
 
 
@@ -172,6 +182,85 @@ def test_a_journal_that_cannot_be_written_ends_the_run(base, tmp_path, monkeypat
             run.result(600)
 
 
+@settings(max_examples=30)
+@given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 3), st.integers(1, 4))
+def test_an_attempt_arrives_as_it_was(seed, length, layers, k):
+    rng = random.Random(seed)
+    chosen = [rng.random() < 0.5 for _ in range(length)]
+    failed, recorded = rng.random() < 0.5, rng.random() < 0.5
+    one = Trajectory(
+        Echo(1, False),
+        [rng.randrange(100) for _ in chosen],
+        chosen,
+        [-rng.random() if own else 0.0 for own in chosen],
+        [rng.randrange(9) if own else -1 for own in chosen],
+        [{"role": "assistant", "content": "é", "tool_calls": []}],
+        None if failed else Verdict(rng.random(), ("so", "so")),
+        "failed" if failed else "done",
+        Failure("time-out", "no answer") if failed else None,
+        0.5 + rng.random(),
+        torch.randint(-1, 2**15, (length - 1, layers, k), dtype=torch.int16) if recorded else None,
+        {"verifier": rng.random()},
+    )
+    for found in (
+        Result.model_validate_json(Result.of(one).model_dump_json()),  # to the trainer
+        Result(**json.loads(json.dumps(Result.of(one).model_dump()))),  # from the journal
+    ):
+        again = found.trajectory(one.problem)
+        assert replace(again, experts=None) == replace(one, experts=None)
+        assert torch.equal(again.experts, one.experts) if recorded else again.experts is None
+
+
+def test_experts_of_another_shape_are_refused():
+    for shape, data in (([1, 2, 2], "AAAA"), ([1, 2], "AAAAAA=="), ([-1, -1, 2], "AAAAAA==")):
+        with pytest.raises(ValidationError, match="wanted .tokens, MoE layers, K., 2 bytes each"):
+            Experts(shape=shape, data=data)
+
+
+@dataclass(frozen=True)
+class Hanging(FAMILIES["arithmetic"]):
+    """Its verifier does not come back while `AWAKE` is not set."""
+
+    family = "hanging"
+
+    def verify(self, response):
+        AWAKE.wait()
+        return super().verify(response)
+
+
+AWAKE = threading.Event()
+
+
+def test_a_workers_environments_have_their_time_and_its_attempts_are_judged_by_all_sources(tmp_path, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "hanging", Hanging)
+    save_model(reward_model(), tmp_path / "judge")
+    TOKENIZER.save_pretrained(tmp_path / "judge")
+    write_weights(policy(), 0, tmp_path / "weights")
+
+    def draw(version, number):
+        family = ("hanging", "arithmetic")[number % 2]
+        return Order(family=family, level=1, draw=number, seed=number, tokens=40, temperature=1.5).model_dump()
+
+    exchange = Exchange(Buffer(2, 8, 1, 0), [].extend, draw, time.monotonic, 60.0)
+    rewards = combined(Rewards(0.0, 1.0, tmp_path / "judge"), torch.device("cpu"))
+    rollouts = Rollouts(Engine(policy(3), TOKENIZER), TOKENIZER, Limits(seconds=0.1, thinking=False), True, rewards.apply)
+    server = Server(exchange, lambda version: tmp_path / "weights", lambda spans: None, "127.0.0.1", tmp_path / "server.json")
+    with server, ThreadPoolExecutor(1) as thread:
+        working = thread.submit(Worker("w", rollouts, 16, Connection(tmp_path, None)).run)
+        with server.lock:
+            assert server.lock.wait_for(lambda: exchange.buffer.aside and exchange.buffer.due, 300)
+            groups = [*exchange.buffer.aside, *exchange.buffer.due]
+        server.say_stop(60)
+        working.result(60)
+    AWAKE.set()
+    results = [(group.order["family"], Result(**slot.result)) for group in groups for slot in group.slots]
+    failures = [(family, one.failure) for family, one in results if one.reward is None]
+    assert failures and all(family == "hanging" and one["kind"] == "time-out" for family, one in failures)
+    spoke = [one for _, one in results if one.end == "done"]
+    assert spoke and all(one.parts == {"model": one.reward} and 0 < one.reward < 1 for one in spoke)
+    assert all(one.temperature == 1.5 and one.experts.shape[1:] == [1, 2] for _, one in results)
+
+
 # ------------------------------------------------------------------------------------------------------- the virtual clock
 
 
@@ -221,6 +310,24 @@ def test_a_virtual_run_that_was_cut_off_does_its_steps_again_and_goes_on(base, t
     rl(recipe, tmp_path / "run")
     assert [step["groups"] for step in steps_of(tmp_path / "run")] == [step["groups"] for step in before]
     assert [step["entropy"] for step in steps_of(tmp_path / "run")] == [step["entropy"] for step in before]
+
+
+def test_lengths_and_temperature_come_with_the_problem_and_experts_with_the_attempt(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("minglm.rl.temperature.WINDOW", 1)
+    monkeypatch.setattr("minglm.rl.curriculum.WINDOW", 1)
+    recipe = asynchronous(base, clock="virtual", workers=1, max_staleness=1, room=4)
+    sampling = replace(recipe.sampling, groups=2, tokens=(2, 4), temperatures=(1.0, 1.5), precision="fp8")
+    tasks = Tasks({"arithmetic": (1, 2)})
+    rl(replace(recipe, tasks=tasks, sampling=sampling, routing_replay="R3"), tmp_path / "run")
+    steps = steps_of(tmp_path / "run")
+    assert [(step["tokens"], step["temperature"]) for step in steps] == [(2, 1.0), (2, 1.0), (4, 1.5), (4, 1.5)]
+    assert all(step["mean_gap"] > 0 for step in steps) and any(step["stale_gap"] > 0 for step in steps)
+    calls = Journal(tmp_path / "run" / "journal").read(0)
+    results = [Result(**arguments[1]) for name, arguments in calls if name == "deliver"]
+    orders = [arguments[0] for name, arguments in calls if name == "open"]
+    assert {(order["tokens"], order["temperature"]) for order in orders} >= {(2, 1.0), (4, 1.5)}
+    assert {one.temperature for one in results} == {1.0, 1.5} and all(one.experts is not None for one in results)
+    assert all(sum(one.sampled) <= (2 if one.temperature == 1.0 else 4) for one in results)
 
 
 def test_a_virtual_clock_needs_workers():
@@ -339,6 +446,8 @@ def timeless(steps):
 
 def run_with_kills(base, folder, steps, kills, workers, seed):
     recipe = asynchronous(base, steps=steps)
+    # With experts in the journal, and a sampler whose weights are not the trainer's.
+    recipe = replace(recipe, routing_replay="R3", sampling=replace(recipe.sampling, precision="fp8"))
     cluster, rng = Cluster(recipe, folder, workers), random.Random(seed)
     try:
         victims = Counter("trainer" if cluster.kill(rng) == "trainer" else "worker" for _ in range(kills))
