@@ -382,8 +382,8 @@ def _ablate_stages(command: Ablate, recipe: Recipe) -> int:
     folder = command.run_folder or Path("runs", f"ablate-stages-{Path(command.recipe_file).stem}")
     print(f"ablate: the stages of {command.recipe_file}, {len(command.seeds)} seeds; everything is written to {folder}\n")
 
-    judge = Judge(command.suite, command.limit, recipe.plan().stages[0].sequence_length)
-    judged_by = f"suite {command.suite}, limit {command.limit}"
+    judge = Judge(command.suite, command.limit, recipe.plan().stages[0].sequence_length, recipe.data.families)
+    judged_by = f"suite {command.suite}, limit {command.limit}, families {', '.join(judge.families) or 'all'}"
     text = ablate_stages(recipe, command.seeds, folder, judge, judged_by, command.arms, command.only, command.workers)
     print(f"\n{text}\nmade: {folder / 'stages.md'}, {folder / 'stages.json'}, and a run folder of each run")
     return 0
