@@ -438,28 +438,8 @@ def run_ablate(command: Ablate) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class StageJudge:
-    """What `ablate --stages` judges a model by: windows of so many tokens, as the first stage reads them."""
-
-    suite: str
-    limit: int
-    window: int
-
-    def __call__(self, checkpoint: Path, data: Path) -> dict[str, float]:
-        from minglm.checkpoint import load_model
-        from minglm.data.shards import open_dataset
-        from minglm.evals.suite import evaluate
-        from minglm.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.from_pretrained(checkpoint)
-        dataset, model = open_dataset(data / "tokens", tokenizer), load_model(checkpoint).eval()
-        found = evaluate(model, tokenizer, dataset, self.suite, self.limit, window=self.window)
-        arrows = {True: "↓", False: "↑"}
-        return {f"{'/'.join(m.key[:2])}: {m.quantity} {arrows[m.lower_is_better]}": m.estimate.value for m in found.measures}
-
-
 def _ablate_stages(command: Ablate, recipe: Recipe) -> int:
+    from minglm.evals.judge import Judge
     from minglm.train.stage_ablation import ablate_stages
 
     if command.vary:
@@ -467,8 +447,8 @@ def _ablate_stages(command: Ablate, recipe: Recipe) -> int:
     folder = command.run_folder or Path("runs", f"ablate-stages-{Path(command.recipe_file).stem}")
     print(f"ablate: the stages of {command.recipe_file}, {len(command.seeds)} seeds; everything is written to {folder}\n")
 
-    judge = StageJudge(command.suite, command.limit, recipe.plan().stages[0].sequence_length)
-    judged_by = f"suite {command.suite}, limit {command.limit}"
+    judge = Judge(command.suite, command.limit, recipe.plan().stages[0].sequence_length, recipe.data.families)
+    judged_by = f"suite {command.suite}, limit {command.limit}, families {', '.join(judge.families) or 'all'}"
     text = ablate_stages(recipe, command.seeds, folder, judge, judged_by, command.arms, command.only, command.workers)
     print(f"\n{text}\nmade: {folder / 'stages.md'}, {folder / 'stages.json'}, and a run folder of each run")
     return 0

@@ -147,6 +147,14 @@ def test_a_gap_and_its_surroundings_are_the_document():
     assert gaps(iter(CODE), 5, seed=1) != gaps(iter(CODE), 5)
 
 
+def test_where_texts_are_few_each_has_several_gaps():
+    few, many = gaps(iter(CODE), 3), gaps(iter(CODE), 100)
+    assert few == many[:3] and len(many) == 4 * len(CODE)
+    for number, text in enumerate(CODE):
+        own = many[number :: len(CODE)]
+        assert {gap.before + gap.middle + gap.after for gap in own} == {text} and len({gap.middle for gap in own}) == 4
+
+
 def test_gaps_learnt_by_heart_are_filled_and_a_fresh_model_fills_none(tmp_path):
     tokenizer = tokenizer_of(CODE)
     dataset = dataset_of(tmp_path / "data", tokenizer, code=CODE)

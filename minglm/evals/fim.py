@@ -34,9 +34,10 @@ class Gap:
 
 
 def gaps(texts: Iterator[str], limit: int, seed: int = 0) -> list[Gap]:
-    """A gap in each text that has enough different lines for it, up to `limit`."""
+    """A gap in each text that has enough different lines for it, up to `limit`; further ones in the same texts where these do
+    not suffice."""
     rng = np.random.default_rng([seed, 2])
-    found: list[Gap] = []
+    found: list[list[Gap]] = []  # of each text; each gap is a wrong answer to the others
     for text in texts:
         if len(found) == limit:
             break
@@ -52,10 +53,9 @@ def gaps(texts: Iterator[str], limit: int, seed: int = 0) -> list[Gap]:
             if len(rests) == CHOICES:
                 break
         if len(rests) == CHOICES:
-            middle, *others = rests
-            start, end = rests[middle]
-            found.append(Gap(text[:start], middle, text[end:], tuple(others)))
-    return found
+            own = rests.items()
+            found.append([Gap(text[:a], one, text[b:], tuple(rest for rest in rests if rest != one)) for one, (a, b) in own])
+    return [of_text[number] for number in range(CHOICES) for of_text in found][:limit]
 
 
 def as_written(tokenizer: Tokenizer, ids: list[int]) -> str | None:
