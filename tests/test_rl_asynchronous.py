@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -148,7 +149,10 @@ def test_the_server_wants_its_token_and_well_formed_messages(tmp_path):
         experts=None,
         parts={},
     )
-    with Server(exchange, lambda version: tmp_path / f"{version}", lambda spans: None, "127.0.0.1", tmp_path / "server.json"):
+    server = Server(
+        exchange, lambda version: tmp_path / f"{version}", lambda spans: None, "127.0.0.1", tmp_path / "server.json"
+    )
+    with server:
         assert (tmp_path / "server.json").stat().st_mode & 0o077 == 0
         connection = Connection(tmp_path, None)
         answer = connection.post("/poll", Poll(worker="w", version=0, room=1, held=[], spans=[]))
@@ -161,6 +165,11 @@ def test_the_server_wants_its_token_and_well_formed_messages(tmp_path):
             connection.post("/poll", Order(**order))
         wrong = connection.client.post("/poll", headers={"Authorization": "Bearer guess"}, content="{}")
         assert wrong.status_code == 401
+        address = connection.client.base_url
+        with socket.create_connection((address.host, address.port)) as dying:
+            head = f"POST /deliver HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {server.token}\r\nContent-Length: 99\r\n\r\n"
+            dying.sendall(f"{head}{{".encode())
+        assert connection.weights(7) is None and server.failure is None
     assert not (tmp_path / "server.json").exists()
 
 
