@@ -473,6 +473,16 @@ def test_trainer_and_worker_are_killed_and_no_sample_is_lost_or_doubled(base, tm
     assert victims["trainer"] and victims["worker"]
 
 
+def test_a_run_without_workers_ends_when_it_is_asked_to(base, tmp_path):
+    trainer = in_child(run_trainer, asynchronous(base), tmp_path / "run")
+    while not (tmp_path / "run" / "checkpoints" / "step-0").exists():
+        assert trainer.is_alive()
+        time.sleep(0.05)
+    trainer.terminate()
+    trainer.join(600)
+    assert trainer.exitcode == 1  # by RLError
+
+
 @pytest.mark.slow
 def test_twenty_kills(base, tmp_path):
     victims = run_with_kills(base, tmp_path / "run", steps=60, kills=20, workers=2, seed=1)
