@@ -165,10 +165,11 @@ def test_the_server_wants_its_token_and_well_formed_messages(tmp_path):
             connection.post("/poll", Order(**order))
         wrong = connection.client.post("/poll", headers={"Authorization": "Bearer guess"}, content="{}")
         assert wrong.status_code == 401
-        address = connection.client.base_url
-        with socket.create_connection((address.host, address.port)) as dying:
+        url = connection.client.base_url
+        with socket.create_connection((url.host, url.port)) as dying:
             head = f"POST /deliver HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {server.token}\r\nContent-Length: 99\r\n\r\n"
             dying.sendall(f"{head}{{".encode())
+        time.sleep(0.2)  # for the server to hear of it
         assert connection.weights(7) is None and server.failure is None
     assert not (tmp_path / "server.json").exists()
 
