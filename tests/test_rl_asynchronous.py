@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections import Counter
@@ -148,7 +149,10 @@ def test_the_server_wants_its_token_and_well_formed_messages(tmp_path):
         experts=None,
         parts={},
     )
-    with Server(exchange, lambda version: tmp_path / f"{version}", lambda spans: None, "127.0.0.1", tmp_path / "server.json"):
+    server = Server(
+        exchange, lambda version: tmp_path / f"{version}", lambda spans: None, "127.0.0.1", tmp_path / "server.json"
+    )
+    with server:
         assert (tmp_path / "server.json").stat().st_mode & 0o077 == 0
         connection = Connection(tmp_path, None)
         answer = connection.post("/poll", Poll(worker="w", version=0, room=1, held=[], spans=[]))
@@ -161,6 +165,12 @@ def test_the_server_wants_its_token_and_well_formed_messages(tmp_path):
             connection.post("/poll", Order(**order))
         wrong = connection.client.post("/poll", headers={"Authorization": "Bearer guess"}, content="{}")
         assert wrong.status_code == 401
+        url = connection.client.base_url
+        with socket.create_connection((url.host, url.port)) as dying:
+            head = f"POST /deliver HTTP/1.1\r\nHost: here\r\nAuthorization: Bearer {server.token}\r\nContent-Length: 99\r\n\r\n"
+            dying.sendall(f"{head}{{".encode())
+        time.sleep(0.2)  # for the server to hear of it
+        assert connection.weights(7) is None and server.failure is None
     assert not (tmp_path / "server.json").exists()
 
 
@@ -462,6 +472,16 @@ def run_with_kills(base, folder, steps, kills, workers, seed):
 def test_trainer_and_worker_are_killed_and_no_sample_is_lost_or_doubled(base, tmp_path):
     victims = run_with_kills(base, tmp_path / "run", steps=12, kills=3, workers=1, seed=3)
     assert victims["trainer"] and victims["worker"]
+
+
+def test_a_run_without_workers_ends_when_it_is_asked_to(base, tmp_path):
+    trainer = in_child(run_trainer, asynchronous(base), tmp_path / "run")
+    while not (tmp_path / "run" / "checkpoints" / "step-0").exists():
+        assert trainer.is_alive()
+        time.sleep(0.05)
+    trainer.terminate()
+    trainer.join(600)
+    assert trainer.exitcode == 1  # by RLError
 
 
 @pytest.mark.slow

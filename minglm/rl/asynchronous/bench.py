@@ -150,11 +150,13 @@ def recipe_of(base: Path, steps: int, milliseconds: int) -> RLRecipe:
     )
 
 
-def trajectories_per_second(folder: Path, after: int) -> float:
-    """Of those trained on, from the end of step `after` to the end of the last: without what the beginning costs or gives."""
+def trajectories_per_second(folder: Path) -> float:
+    """Of those trained on, from the beginning of the first step to the end of the last. What is under way at the end does not
+    count, and the asynchronous mode is charged the start of its worker."""
     steps = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "step"]
-    seconds = steps[-1]["seconds"] - steps[after - 1]["seconds"]
-    return sum(record["trained_on"] for record in steps[after:]) / seconds
+    first = steps[0]
+    began = first["seconds"] - first["sampling_seconds"] - first["update_seconds"]
+    return sum(record["trained_on"] for record in steps) / (steps[-1]["seconds"] - began)
 
 
 def asynchronous_run(recipe: RLRecipe, folder: Path) -> None:
@@ -182,13 +184,12 @@ def main(steps: int = 12, milliseconds: int = 400, repeats: int = 1, folder: Pat
     folder = folder or Path(tempfile.mkdtemp(prefix="minglm-bench-"))
     make_policy(folder / "base")
     recipe, ratios = recipe_of(folder / "base", steps, milliseconds), []
-    after = recipe.asynchronous.max_staleness + 1  # what was begun before the first step has been used up then
     for repeat in range(repeats):
         speeds = {}
         for mode, run in (("synchronous", rl), ("asynchronous", asynchronous_run)):
             path = folder / f"{mode}-{repeat}"
             run(recipe, path)
-            speeds[mode] = trajectories_per_second(path, after)
+            speeds[mode] = trajectories_per_second(path)
         ratios.append(speeds["asynchronous"] / speeds["synchronous"])
         shown = ", ".join(f"{mode} {speed:.2f}" for mode, speed in speeds.items())
         print(f"trajectories a second: {shown}; ratio {ratios[-1]:.2f}")

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
@@ -125,6 +125,8 @@ class Server:
             return kind.model_validate_json(await request.body())
         except ValidationError as error:
             raise HTTPException(400, str(error)) from error
+        except ClientDisconnect as error:  # a worker that died while it spoke, which nobody hears
+            raise HTTPException(400, "cut off") from error
 
     def _check(self, request: Request) -> None:
         found = request.headers.get("authorization", "").removeprefix("Bearer ")

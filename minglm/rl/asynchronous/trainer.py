@@ -154,6 +154,7 @@ class AsynchronousLoop(BufferedLoop):
     def run(self, stop: StopRequest) -> Outcome:
         if self.step == self.recipe.steps:
             return super().run(stop)  # which has nothing to do
+        self.stop = stop
         print(f"rollout workers: {self.workers.count} here; for more: {WORKER} {self.folder.path}\n")
         with ExitStack() as stack:
             stack.enter_context(self.server)
@@ -177,6 +178,11 @@ class AsynchronousLoop(BufferedLoop):
                     now = self.clock()
                     self._record([Span(who=dead.split(".")[0], what="died", start=now, end=now)])
                 self.exchange.give_up_silent()
+                if self.stop.signal is not None and not self.exchange.heard:
+                    raise RLError(
+                        f"step {step}: asked to stop, and no worker is there to finish it; nothing is lost, and the same "
+                        "command goes on"
+                    )
                 self.server.lock.wait(LOOK_SECONDS)
         return batch
 
