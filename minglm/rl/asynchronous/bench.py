@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch
@@ -152,7 +153,7 @@ def recipe_of(base: Path, steps: int, milliseconds: int) -> RLRecipe:
 
 def trajectories_per_second(folder: Path) -> float:
     """Of those trained on, from the beginning of the first step to the end of the last. What is under way at the end does not
-    count, and the asynchronous mode is charged the start of its worker."""
+    count, and the asynchronous mode is charged what its worker takes to load the model."""
     steps = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "step"]
     first = steps[0]
     began = first["seconds"] - first["sampling_seconds"] - first["update_seconds"]
@@ -162,14 +163,17 @@ def trajectories_per_second(folder: Path) -> float:
 def asynchronous_run(recipe: RLRecipe, folder: Path) -> None:
     """Trainer here, one worker in another process."""
     context = multiprocessing.get_context("spawn")
-    worker = context.Process(target=_work, args=(folder,))
+    imported = context.Event()
+    worker = context.Process(target=_work, args=(folder, imported))
     worker.start()
+    imported.wait()  # the synchronous run has imported everything, too
     rl(replace(recipe, mode="asynchronous"), folder)
     worker.join()
 
 
-def _work(folder: Path) -> None:
+def _work(folder: Path, imported: Event) -> None:
     torch.set_num_threads(1)
+    imported.set()
     while not (folder / "server.json").exists():
         time.sleep(0.1)
     work(folder)

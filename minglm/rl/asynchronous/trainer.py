@@ -179,10 +179,7 @@ class AsynchronousLoop(BufferedLoop):
                     self._record([Span(who=dead.split(".")[0], what="died", start=now, end=now)])
                 self.exchange.give_up_silent()
                 if self.stop.signal is not None and not self.exchange.heard:
-                    raise RLError(
-                        f"step {step}: asked to stop, and no worker is there to finish it; nothing is lost, and the same "
-                        "command goes on"
-                    )
+                    raise RLError(f"step {step}: asked to stop, and no worker is there to finish it; the same command goes on")
                 self.server.lock.wait(LOOK_SECONDS)
         return batch
 
