@@ -219,7 +219,7 @@ def test_needles_known_by_heart_are_found_and_a_fresh_model_is_at_chance(tmp_pat
     lengths, depths = (96, 128), (0.0, 0.5, 1.0)
     needle_grid(recorder, lengths, 1, depths)
     for passage, length in zip(recorder.asked, np.repeat(lengths, 3), strict=True):
-        assert 0.85 * length < passage.longest <= length
+        assert 0.75 * length < passage.longest <= length  # a sentence of filler is a sixth of it
         assert len({tuple(ids) for ids in passage.continuations}) == 4
     model = learn(
         fresh(tokenizer),

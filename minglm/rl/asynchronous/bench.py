@@ -96,7 +96,9 @@ class _Slow(Episode):
         return [] if self.done else [{"role": "user", "content": WORLD}]
 
 
-FAMILIES[Waiting.family] = Waiting  # in this process, and in the worker's, which imports this file
+def _register() -> None:
+    """For the benchmark alone: in its own process, and in the worker's."""
+    FAMILIES[Waiting.family] = Waiting
 
 
 def make_policy(folder: Path, patience: int = 400) -> None:
@@ -173,6 +175,7 @@ def asynchronous_run(recipe: RLRecipe, folder: Path) -> None:
 
 def _work(folder: Path, imported: Event) -> None:
     torch.set_num_threads(1)
+    _register()
     imported.set()
     while not (folder / "server.json").exists():
         time.sleep(0.1)
@@ -185,6 +188,7 @@ def main(steps: int = 12, milliseconds: int = 400, repeats: int = 1, folder: Pat
     milliseconds: the median of a wait; folder: keeps the runs, with the timeline as a plot.
     """
     torch.set_num_threads(1)
+    _register()
     folder = folder or Path(tempfile.mkdtemp(prefix="minglm-bench-"))
     make_policy(folder / "base")
     recipe, ratios = recipe_of(folder / "base", steps, milliseconds), []
