@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -22,6 +23,8 @@ from minglm.train.run_folder import RunFolder
 from minglm.train.state import read_state
 from minglm.train.trainer import Outcome, train
 
+Run = Callable[[Any, Path], Any]
+"""Of a recipe, in a folder."""
 STEPS = 24
 MODEL = GLMConfig(
     vocab_size=300,
@@ -89,8 +92,8 @@ def count_calls(when_reached: Callable[[int], None]) -> None:
     sys.setprofile(count)
 
 
-def run_counting(recipe: Recipe, folder: Path, calls: Path) -> None:
-    """`run_small`, then write into the file `calls` how many calls it took."""
+def run_counting(recipe: Any, folder: Path, calls: Path, run: Run = run_small) -> None:
+    """`run`, then write into the file `calls` how many calls it took."""
     last = 0
 
     def remember(made: int) -> None:
@@ -98,15 +101,15 @@ def run_counting(recipe: Recipe, folder: Path, calls: Path) -> None:
         last = made
 
     count_calls(remember)
-    run_small(recipe, folder)
+    run(recipe, folder)
     sys.setprofile(None)
     calls.write_text(str(last))
 
 
-def run_until_killed(recipe: Recipe, folder: Path, calls: int) -> None:
-    """`run_small` in a process that kills itself by SIGKILL at its `calls`-th call, whatever it is doing."""
+def run_until_killed(recipe: Any, folder: Path, calls: int, run: Run = run_small) -> None:
+    """`run` in a process that kills itself by SIGKILL at its `calls`-th call, whatever it is doing."""
     count_calls(lambda made: os.kill(os.getpid(), signal.SIGKILL) if made == calls else None)
-    run_small(recipe, folder)
+    run(recipe, folder)
 
 
 _context = multiprocessing.get_context("forkserver")

@@ -1,13 +1,11 @@
 """An RL run that is killed anywhere, by SIGKILL in the middle of whatever it does, goes on to the undisturbed run's bits."""
 
-import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import count_calls, equal, in_child
+from small_run import equal, in_child, run_counting, run_until_killed
 from test_rl_loop import CONTEXT, base, recipe_of  # noqa: F401 (a fixture)
 
 from minglm.rl.loop import rl
@@ -23,24 +21,6 @@ CLOCKS = (*WALL_CLOCK, "sampling_seconds", "update_seconds")
 def run(recipe: RLRecipe, folder: Path) -> None:
     torch.set_num_threads(1)
     rl(recipe, folder)
-
-
-def run_counting(recipe: RLRecipe, folder: Path, calls: Path) -> None:
-    last = 0
-
-    def remember(made: int) -> None:
-        nonlocal last
-        last = made
-
-    count_calls(remember)
-    run(recipe, folder)
-    sys.setprofile(None)
-    calls.write_text(str(last))
-
-
-def run_until_killed(recipe: RLRecipe, folder: Path, calls: int) -> None:
-    count_calls(lambda made: os.kill(os.getpid(), signal.SIGKILL) if made == calls else None)
-    run(recipe, folder)
 
 
 def finished(function, *arguments) -> int:
@@ -75,11 +55,11 @@ def recipe(base) -> RLRecipe:  # noqa: F811
 
 
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(recipe, tmp_path):
-    assert finished(run_counting, recipe, tmp_path / "whole", tmp_path / "calls") == 0
+    assert finished(run_counting, recipe, tmp_path / "whole", tmp_path / "calls", run) == 0
     total = int((tmp_path / "calls").read_text())
     wanted = everything_written(tmp_path / "whole")
     for tenths in (3, 6, 9):
         folder = tmp_path / f"killed-{tenths}"
-        assert finished(run_until_killed, recipe, folder, total * tenths // 10) == -signal.SIGKILL
+        assert finished(run_until_killed, recipe, folder, total * tenths // 10, run) == -signal.SIGKILL
         assert finished(run, recipe, folder) == 0
         assert equal(everything_written(folder), wanted), tenths

@@ -4,6 +4,7 @@ A batch holds pairs as `PackedConversations` with together = 2 packs them: a row
 rejected.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -38,13 +39,14 @@ class PairLoss(NamedTuple):
     balance: Tensor
 
 
-class PairLearner(Learner):
+class PairLearner(Learner, ABC):
     """A `Learner` on pairs; `loss` says by which objective."""
 
     numbers = ("loss", "preference_loss", "mtp_loss", "balance_loss", "accuracy", "gradient_norm")
 
+    @abstractmethod
     def loss(self, batch: Batch, totals: LossTotals | None = None) -> PairLoss:
-        raise NotImplementedError
+        """Of a batch; totals: what the whole step counts, by default what the batch does."""
 
     def step(self, batches: Sequence[Batch], learning_rate_factor: float) -> Tensor:
         """As `Learner.step`; the preference loss is the mean over all pairs of the step."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from minglm.evals.interval import Estimate, share
 from minglm.posttrain.pair_learner import learner_of, right
@@ -64,7 +65,7 @@ def reliability(margins: Sequence[float]) -> dict[str, Any]:
     al., 2015).
     """
     margins = np.asarray(margins, np.float64)
-    confidence, scores = 1 / (1 + np.exp(-np.abs(margins))), (margins > 0) + 0.5 * (margins == 0)
+    confidence, scores = 1 / (1 + np.exp(-np.abs(margins))), right(torch.from_numpy(margins)).numpy()
     accuracy = share(scores)
     which = np.minimum((2 * BINS * (confidence - 0.5)).astype(int), BINS - 1)
     bins = [(confidence[which == b], scores[which == b]) for b in range(BINS) if (which == b).any()]

@@ -1,16 +1,10 @@
 """What learning from preferences looks like: loss, accuracy with intervals, and reliability."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from minglm.train.plots import BLUE, GREY, ORANGE, STYLE
-
-Records = Sequence[Mapping[str, Any]]
+from minglm.train.plots import BLUE, GREY, ORANGE, Records, drawing
 
 
 def plot_run(records: Records, path: Path, title: str) -> None:
@@ -19,12 +13,8 @@ def plot_run(records: Records, path: Path, title: str) -> None:
     held_out = [record for record in records if record["kind"] == "held_out"]
     if not steps:
         return
-    with rc_context(STYLE):
-        figure = Figure(figsize=(15, 8), layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a screen
-        figure.suptitle(title, fontweight="bold", x=0.01, ha="left")
+    with drawing(path, 15, 8, title) as figure:
         _draw(figure, steps, held_out)
-        figure.savefig(path, dpi=100)
 
 
 def _draw(figure: Figure, steps: Records, held_out: Records) -> None:

@@ -14,17 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from minglm.config import ConfigError
 from minglm.evals.interval import mean
 from minglm.rl.loop import rl
 from minglm.rl.recipe import RLRecipe, resolve_base
 from minglm.tasks import FAMILIES
 from minglm.train.ablation import run_grid, variants, with_value
-from minglm.train.plots import STYLE
+from minglm.train.plots import drawing
 
 Arm = Literal["curriculum", "dynamic_sampling", "aggregation", "length", "format_penalty", "temperature"]
 AS_IT_IS = "as it is"
@@ -136,9 +132,7 @@ def report(results: Mapping[str, Sequence[RunResult]]) -> str:
 
 def _plot_curves(metrics: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
     """The held-out reward over the steps: one colour a variant, one line a seed."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(9, 5), layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a screen
+    with drawing(path, 9, 5, dpi=120) as figure:
         axes = figure.subplots()
         for index, (label, runs) in enumerate(metrics.items()):
             for number, records in enumerate(runs):
@@ -147,4 +141,3 @@ def _plot_curves(metrics: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], p
                 axes.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=1, color=f"C{index}", label=name)
         axes.set(xlabel="step", ylabel="mean reward", title="Reward on held-out problems")
         axes.legend(fontsize="small")
-        figure.savefig(path, dpi=120)

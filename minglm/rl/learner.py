@@ -21,7 +21,7 @@ from minglm.optim import MuonAdamW, build_optimizer
 from minglm.rl.advantages import Advantages, advantages
 from minglm.rl.algorithms import Tokens, count, policy_loss, value_loss
 from minglm.rl.critic import Critic
-from minglm.rl.gaps import measure_gaps
+from minglm.rl.gaps import Gaps, measure_gaps
 from minglm.rl.objective import Objective
 from minglm.rl.rollout import Trajectory
 from minglm.rl.rows import Rows
@@ -59,9 +59,8 @@ class Before(NamedTuple):
 
 
 class StepNumbers(NamedTuple):
-    """What a step has to tell, floats but for the last: losses, gradient norm before clipping, and per token that counts: the
-    shares clipped and dropped, the entropy's estimate -log pi of what was sampled; the share of sequences whose group says
-    something; then `minglm.rl.gaps.Gaps`."""
+    """What a step has to tell: losses, gradient norm before clipping, and per token that counts: the shares clipped and
+    dropped, the entropy's estimate -log pi of what was sampled; the share of sequences whose group says something; the gaps."""
 
     loss: float
     value_loss: float
@@ -70,15 +69,13 @@ class StepNumbers(NamedTuple):
     dropped: float
     entropy: float
     informative: float
-    largest_gap: float
-    mean_gap: float
-    fresh_gap: float
-    stale_gap: float
-    own_routing_gap: float
-    rerouted: float
-    staleness: float
-    largest_staleness: float
-    gap_by_staleness: dict[int, float]
+    gaps: Gaps
+
+    def record(self) -> dict[str, Any]:
+        """For metrics.jsonl, the gaps beside the others."""
+        own = self._asdict()
+        del own["gaps"]
+        return {**own, **self.gaps._asdict()}
 
 
 class PolicyLearner(Learner):
@@ -208,7 +205,7 @@ class PolicyLearner(Learner):
         entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, old, strict=True)]).mean().item()
         informative = found.informative.float().mean().item()
         loss, critic_loss, clipped, dropped = (numbers / self.passes).tolist()
-        return StepNumbers(loss, critic_loss, norm.item(), clipped, dropped, entropy, informative, *gaps)
+        return StepNumbers(loss, critic_loss, norm.item(), clipped, dropped, entropy, informative, gaps)
 
     def backward(self, known: Known, total: Tensor, totals: LossTotals) -> Tensor:
         """Add a micro-batch's gradients of all losses -> those of policy and critic, and the shares clipped and dropped, (4,)

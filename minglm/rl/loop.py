@@ -37,7 +37,7 @@ from minglm.rl.temperature import Temperature
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import Device, choose_device
 from minglm.train.metrics import MetricsFile, read_metrics
-from minglm.train.run_folder import RunFolder
+from minglm.train.run_folder import RunFolder, model_folder
 from minglm.train.state import read_state, write_state
 from minglm.train.stop import StopRequest
 from minglm.train.trainer import Outcome, TrainingDiverged
@@ -52,7 +52,7 @@ def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> O
     recipe = resolve_base(recipe)
     folder, device = RunFolder(run_folder), choose_device(recipe.hardware)
     checkpoint = folder.open(recipe, must_resume, load_rl_recipe, save_rl_recipe)
-    base = RunFolder(recipe.base).newest_checkpoint() or recipe.base
+    base = model_folder(recipe.base)
     tokenizer, config = Tokenizer.from_pretrained(base), GLMConfig.from_pretrained(base)
     print(
         f"run folder: {folder.path} (recipe, metrics, rollouts, checkpoints)\ndevice: {device}\n\n{formula(recipe.objective)}\n"
@@ -153,14 +153,15 @@ class Loop:
         record: dict[str, Any] = {"step": self.step, "kind": "step"}
         if practice.kept:
             numbers = self.learner.policy_step(practice.trajectories, practice.groups, version=self.engine.weights_version)
-            floats = {key: value for key, value in numbers._asdict().items() if isinstance(value, float)}
+            known = numbers.record()
+            floats = {key: value for key, value in known.items() if isinstance(value, float)}
             bad = [key for key, value in floats.items() if not math.isfinite(value)] or self.learner.bad_weights()
             if bad:
                 raise TrainingDiverged(
                     f"step {self.step}: not finite: {bad}. The last good checkpoint is "
                     f"{self.folder.newest_checkpoint()}; a lower optimizer.learning_rate may help, in another run folder"
                 )
-            record |= numbers._asdict()
+            record |= known
         if self.recipe.sampling.precision == "fp8":
             self.engine.update_weights(fp8_state(self.learner.model))
         else:

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from minglm.rl.curriculum import Standing
 from minglm.rl.rollout import End
-from minglm.train.plots import STYLE
+from minglm.train.plots import drawing
 
 ENDS, STANDINGS = get_args(End), get_args(Standing)
 
@@ -23,12 +21,8 @@ def plot_run(records: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     held_out = [record for record in records if record["kind"] == "held_out"]
     if not steps:
         return
-    with rc_context(STYLE):
-        figure = Figure(figsize=(19, 11), layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a screen
-        figure.suptitle(title, fontweight="bold", x=0.01, ha="left")
+    with drawing(path, 19, 11, title) as figure:
         _draw(figure, steps, held_out)
-        figure.savefig(path, dpi=100)
 
 
 def _draw(figure: Figure, steps: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]]) -> None:

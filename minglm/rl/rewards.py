@@ -29,7 +29,7 @@ from minglm.rl.recipe import Rewards
 from minglm.rl.rollout import Trajectory
 from minglm.tasks.task import Message, Problem, Verdict
 from minglm.tokenizer import Tokenizer
-from minglm.train.run_folder import RunFolder
+from minglm.train.run_folder import model_folder
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -240,7 +240,7 @@ def combined(rewards: Rewards, device: torch.device) -> Combined:
             raise ConfigError(
                 "rewards.model_folder: missing; wanted the run folder of a reward model, as the reward command writes"
             )
-        sources["model"] = model_source(RunFolder(rewards.model_folder).newest_checkpoint() or rewards.model_folder, device)
+        sources["model"] = model_source(model_folder(rewards.model_folder), device)
     if rewards.uses("rubric"):
         from openai import OpenAI
 

@@ -1,6 +1,7 @@
 """Pictures of a training run, from its `metrics.jsonl` alone: one overview that fits a screen."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,18 @@ STYLE = {
     "lines.linewidth": 1.8,
 }
 Records = Sequence[Mapping[str, Any]]
+
+
+@contextmanager
+def drawing(path: str | Path, width: float, height: float, title: str = "", dpi: int = 100) -> Iterator[Figure]:
+    """An empty figure in our style, width by height inches, that is written as a PNG when its block ends."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)  # draws without a screen
+        if title:
+            figure.suptitle(title, fontweight="bold", x=0.01, ha="left")
+        yield figure
+        figure.savefig(path, dpi=dpi)
 
 
 def plot_overview(records: Records, path: str | Path, title: str = "") -> None:

@@ -97,3 +97,8 @@ class RunFolder:
         recipe = self.training_recipe()
         borders = {stage.name: self.checkpoint(stage.last_step) for stage in recipe.plan().stages} if recipe else {}
         return {name: folder for name, folder in borders.items() if (folder / STATE).is_file()}
+
+
+def model_folder(path: Path) -> Path:
+    """Where the model of a run folder is: its newest checkpoint; without one, the folder itself is taken for a model's."""
+    return RunFolder(path).newest_checkpoint() or path

@@ -16,8 +16,8 @@ import json
 import multiprocessing
 import os
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +47,16 @@ class Arm:
     @property
     def label(self) -> str:
         return f"{self.stage}, {self.kind}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training, and the stages at whose ends it is judged."""
+
+    recipe: Recipe
+    folder: Path
+    span: Span
+    judged: tuple[str, ...]
 
 
 def arms(recipe: Recipe, kinds: Sequence[str] = KINDS, stages: Sequence[str] = ()) -> list[Arm]:
@@ -120,55 +130,39 @@ def ablate_stages(
     def place(label: str, seed: int) -> Path:
         return folder / label.replace(", ", "+").replace(" ", "-") / f"seed-{seed}"
 
-    def runs(seed: int) -> Iterator[tuple[Arm | None, Recipe, Path, Span]]:
-        yield None, replace(recipe, seed=seed), place("recipe", seed), Span()
-        for arm in grid:
-            varied = replace(arm.recipe, seed=seed)
-            if arm.kind == "fim":
-                tokenizer = str(data / "tokenizer") if recipe.tokenizer == "train" else recipe.tokenizer
-                varied = replace(varied, tokenizer=tokenizer, data=replace(varied.data, folder=folder / "data-without-fim"))
-            start = place("recipe", seed) if arm.span.from_stage else None
-            yield arm, varied, place(arm.label, seed), replace(arm.span, from_run=start)
+    def run_of(seed: int, arm: Arm) -> Run:
+        varied = replace(arm.recipe, seed=seed)
+        if arm.kind == "fim":
+            tokenizer = str(data / "tokenizer") if recipe.tokenizer == "train" else recipe.tokenizer
+            varied = replace(varied, tokenizer=tokenizer, data=replace(varied.data, folder=folder / "data-without-fim"))
+        start = place("recipe", seed) if arm.span.from_stage else None
+        return Run(varied, place(arm.label, seed), replace(arm.span, from_run=start), (arm.stage,))
 
-    total = len(seeds) * (1 + len(grid))
-    judged_stages = list(dict.fromkeys(arm.stage for arm in grid))
-    spawn = multiprocessing.get_context("spawn")
+    stages_judged = tuple(dict.fromkeys(arm.stage for arm in grid))
+    at_once: list[tuple[Run, list[Run]]] = []  # and what can begin behind each
+    for seed in seeds:
+        own = Run(replace(recipe, seed=seed), place("recipe", seed), Span(), stages_judged)
+        at_once.append((own, [run_of(seed, arm) for arm in grid if arm.span.from_stage]))
+    at_once += [(run_of(seed, arm), []) for arm in grid if not arm.span.from_stage for seed in seeds]
+    judging = (data, judge, judged_by)
     with (
         contextlib.ExitStack() as stack,
-        tqdm(total=total, desc="training", unit="run") as trained,
-        tqdm(total=total - len(seeds) + len(seeds) * len(judged_stages), desc="judging", unit="model") as judged,
+        tqdm(total=len(seeds) * (1 + len(grid)), desc="training and judging", unit="run") as bar,
     ):
-        pool = ProcessPoolExecutor(workers, spawn, max_tasks_per_child=1)
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
         stack.callback(pool.shutdown, cancel_futures=True)  # a run that fails ends the others that have not begun
-        waiting: dict[Future, Callable[[], None]] = {}  # with what each one that ends makes possible
-
-        def train_run(arm: Arm | None, varied: Recipe, run: Path, span: Span, arms_of_seed=()) -> None:
-            def then() -> None:
-                trained.update()
-                for stage in judged_stages if arm is None else [arm.stage]:
-                    waiting[pool.submit(_judged, run, stage, data, judge, judged_by, threads)] = judged.update
-                for one in arms_of_seed:
-                    train_run(*one)
-
-            waiting[pool.submit(_train_quietly, varied, run, span, threads)] = then
-
-        of_seeds = [list(runs(seed)) for seed in seeds]
-        for own, *others in of_seeds:
-            train_run(*own, [one for one in others if one[-1].from_run is not None])
-        for _, *others in of_seeds:
-            for one in others:
-                if one[-1].from_run is None:
-                    train_run(*one)
+        waiting = {pool.submit(_train_and_judge, run, threads, *judging): behind for run, behind in at_once}
         while waiting:
             for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                then = waiting.pop(future)
+                behind = waiting.pop(future)
                 future.result()
-                then()
+                bar.update()
+                waiting |= {pool.submit(_train_and_judge, run, threads, *judging): [] for run in behind}
 
     pairs = {}
     for arm in grid:
         both = [(place("recipe", seed), place(arm.label, seed)) for seed in seeds]
-        pairs[arm.label] = [tuple(_judged(run, arm.stage, data, judge, judged_by, threads) for run in pair) for pair in both]
+        pairs[arm.label] = [tuple(_judged(run, arm.stage, *judging) for run in pair) for pair in both]
     text = report(pairs)
     (folder / "stages.json").write_text(json.dumps({"judged by": judged_by, "arms": pairs}, indent=1) + "\n")
     (folder / "stages.md").write_text(text + "\n", encoding="utf-8")
@@ -186,29 +180,28 @@ def _prepare(recipe: Recipe, folder: Path, grid: Sequence[Arm]) -> None:
         prepare_data(replace(recipe, tokenizer=tokenizer, data=other), folder)
 
 
-def _train_quietly(recipe: Recipe, run_folder: Path, span: Span, threads: int) -> None:
+def _train_and_judge(run: Run, threads: int, data: Path, judge: Judge, judged_by: str) -> None:
     import torch
 
     from minglm.train.trainer import train
 
     torch.set_num_threads(threads)
-    run_folder.mkdir(parents=True, exist_ok=True)
-    with (run_folder / "log.txt").open("a", encoding="utf-8") as log:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            train(recipe, run_folder, span=span)
+            train(run.recipe, run.folder, span=run.span)
+    for stage in run.judged:
+        _judged(run.folder, stage, data, judge, judged_by)
 
 
-def _judged(run: Path, stage: str, data: Path, judge: Judge, judged_by: str, threads: int) -> dict[str, float]:
+def _judged(run_folder: Path, stage: str, data: Path, judge: Judge, judged_by: str) -> dict[str, float]:
     """The judge's numbers on the end of a stage, kept in the run folder."""
-    kept = run / f"judged-{stage}.json"
+    kept = run_folder / f"judged-{stage}.json"
     if kept.is_file():
         known = json.loads(kept.read_text(encoding="utf-8"))
         if known["judged by"] == judged_by:
             return known["numbers"]
-    import torch
-
-    torch.set_num_threads(threads)
-    numbers = dict(judge(RunFolder(run).stage_checkpoints()[stage], data))
+    numbers = dict(judge(RunFolder(run_folder).stage_checkpoints()[stage], data))
     kept.write_text(json.dumps({"judged by": judged_by, "numbers": numbers}, indent=1) + "\n", encoding="utf-8")
     return numbers
 

@@ -13,15 +13,12 @@ from typing import Annotated, Any
 
 import torch
 import tyro
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from tyro.conf import Positional, arg
 
 from minglm.rl.loop import rl
 from minglm.rl.recipe import RLRecipe, load_rl_recipe
 from minglm.train.metrics import read_metrics
-from minglm.train.plots import STYLE
+from minglm.train.plots import drawing
 from minglm.train.run_folder import RunFolder
 
 Runs = Mapping[int, Sequence[Sequence[dict[str, Any]]]]
@@ -37,9 +34,7 @@ def with_bound(recipe: RLRecipe, max_staleness: int) -> RLRecipe:
 
 def plot(runs: Runs, path: Path) -> None:
     """Held-out reward over the steps for each bound, mean of the seeds with all of them behind it; and the gap by staleness."""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(13, 4.8), layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a screen
+    with drawing(path, 13, 4.8) as figure:
         rewards, gaps = figure.subplots(1, 2)
         for bound, seeds in runs.items():
             curves = [[(r["step"], r["rewards"]["all"][0]) for r in records if r["kind"] == "held_out"] for records in seeds]
@@ -53,7 +48,6 @@ def plot(runs: Runs, path: Path) -> None:
         rewards.set(title="Reward on held-out problems", xlabel="step")
         rewards.legend(title="staleness at most")
         gaps.set(title="Mean log-probability gap, sampler to trainer", xlabel="staleness of a token, steps", ylabel="nats")
-        figure.savefig(path, dpi=100)
 
 
 def mean_staleness(seeds: Sequence[Sequence[dict[str, Any]]]) -> float:

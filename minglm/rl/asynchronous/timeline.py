@@ -3,13 +3,10 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from minglm.rl.asynchronous.messages import Span
-from minglm.train.plots import BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from minglm.train.plots import BLUE, GREEN, GREY, ORANGE, RED, drawing
 
 COLOURS = {
     "training": BLUE,
@@ -75,9 +72,7 @@ def plot_timeline(spans: Sequence[Span], path: Path, title: str, seconds: float 
     start = max(min(span.start for span in spans), end - seconds)
     shown = [span for span in spans if span.end >= start]
     rows = sorted({span.who for span in shown}, key=lambda who: (who != "trainer", who))
-    with rc_context(STYLE):
-        figure = Figure(figsize=(13, 1.6 + 0.5 * len(rows)), layout="constrained")
-        FigureCanvasAgg(figure)  # draws without a screen
+    with drawing(path, 13, 1.6 + 0.5 * len(rows)) as figure:
         axes = figure.subplots()
         for row, who in enumerate(rows):
             for what in COLOURS:
@@ -93,4 +88,3 @@ def plot_timeline(spans: Sequence[Span], path: Path, title: str, seconds: float 
         seen = [what for what in COLOURS if any(span.what == what for span in shown)]
         handles = [Patch(color=COLOURS[what], label=what) for what in seen]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-        figure.savefig(path, dpi=100)

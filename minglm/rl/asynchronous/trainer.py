@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -30,7 +30,7 @@ WORKER = "python -m minglm.rl.asynchronous.worker"
 FAREWELL_SECONDS = 5.0  # for workers to end when they have been told to
 
 
-class BufferedLoop(Loop):
+class BufferedLoop(Loop, ABC):
     """A loop whose batches come from an exchange. Derived classes say how it waits for them and how weights go out."""
 
     clock: Any = time.time  # of leases and of the timeline: seconds

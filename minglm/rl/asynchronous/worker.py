@@ -36,7 +36,7 @@ from minglm.rl.rewards import combined
 from minglm.rl.rollout import Attempt, Limits, Rollouts
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import choose_device
-from minglm.train.run_folder import RunFolder
+from minglm.train.run_folder import model_folder
 
 POLL_SECONDS = 0.1
 RETRY_SECONDS = 0.2
@@ -216,7 +216,7 @@ def work(run_folder: Path, name: str | None = None, parent: int | None = None) -
     Raises WorkerError, WeightsError.
     """
     recipe = load_rl_recipe(run_folder / "config.toml")
-    base = RunFolder(recipe.base).newest_checkpoint() or recipe.base
+    base = model_folder(recipe.base)
     tokenizer = Tokenizer.from_pretrained(base)
     device = choose_device(recipe.hardware).torch_device
     model = load_model(base, device=device).requires_grad_(False)
