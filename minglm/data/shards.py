@@ -221,20 +221,26 @@ def prepare(
 
 
 def _check_prepared_from(wanted: dict, found: dict, folder: Path) -> None:
-    differences = list(_differences(found, json.loads(json.dumps(wanted))))
-    if differences:
-        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+    different = differences(found, wanted)
+    if different:
         raise DatasetError(
-            f"{folder} was prepared from something else and is not overwritten; delete it or name another folder. "
-            + "; ".join(differences[:5])
-            + more
+            f"{folder} was prepared from something else and is not overwritten; delete it or name another folder. {different}"
         )
+
+
+def differences(found: object, wanted: object) -> str:
+    """In words, what is different between two JSON-able objects: the first five places. Empty if nothing is."""
+    every = list(_differences(found, json.loads(json.dumps(wanted))))
+    return "; ".join(every[:5]) + (f"; and {len(every) - 5} more" if len(every) > 5 else "")
 
 
 def _differences(found: object, wanted: object, key: str = "") -> Iterator[str]:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for name in sorted(found.keys() | wanted.keys()):
             yield from _differences(found.get(name), wanted.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        for number, pair in enumerate(zip(found, wanted, strict=True)):
+            yield from _differences(*pair, f"{key}.{number}")
     elif found != wanted:
         yield f"{key}: found {found!r}, wanted {wanted!r}"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
-from minglm.data.shards import Dataset, prepare
+from minglm.data.shards import Dataset, differences, prepare
 from minglm.data.sources import TRAIN, Corpus, DataError, split_documents
 from minglm.tokenizer import Tokenizer, train_tokenizer
 from minglm.train.ingredients import corpus_of
@@ -87,10 +87,11 @@ def encode_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> dict[str, li
 def _check_trained_from(wanted: dict, folder: Path) -> None:
     path = folder / TRAINED_FROM
     found = json.loads(path.read_bytes()) if path.is_file() else None
-    if found != json.loads(json.dumps(wanted)):
+    different = differences(found, wanted)
+    if different:
         raise ConfigError(
-            f"{path}: this tokenizer was made from {json.dumps(found):.300}; wanted {json.dumps(wanted):.300}. "
-            "Delete its folder, or name another data.folder or run folder"
+            f"{path}: this tokenizer was made from something else. {different}. Delete its folder, or name another "
+            "data.folder or run folder"
         )
 
 
