@@ -1,5 +1,5 @@
-"""Rewards from several sources, as in holistic RL (report, section 3.4): the task's rules, a reward model, and a model that
-grades by a rubric; weighed, with vetoes.
+"""Rewards from several sources, as in holistic RL (report, section 3.4): the task's rules, those against pathologies, a reward
+model, and a model that grades by a rubric; weighed, with vetoes.
 
 A source that cannot judge (an endpoint that fails, a grade that cannot be read, a conversation too long for its model) gives
 no verdict, None. Then the attempt has none either, as when its environment fails: it is left out and counted, never a 0 or 1
@@ -25,6 +25,7 @@ from minglm.posttrain.preferences import without_reasoning
 from minglm.posttrain.reward_model import RewardModel, load_reward_model, score
 from minglm.posttrain.sft_data import Conversation
 from minglm.rl.environment import Failure
+from minglm.rl.pathology import pathologies
 from minglm.rl.recipe import Rewards
 from minglm.rl.rollout import Trajectory
 from minglm.tasks.task import Message, Problem, Verdict
@@ -66,6 +67,14 @@ class Verifier:
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict | None]:
         return [case.problem.verify(case.response) for case in cases]
+
+
+class PathologyRules:
+    """1 for an answer without any pathology, else 0."""
+
+    def judge(self, cases: Sequence[Case]) -> list[Verdict | None]:
+        found = [pathologies(case.problem.messages, case.response) for case in cases]
+        return [Verdict(float(not reasons), reasons) for reasons in found]
 
 
 class ModelSource:
@@ -235,6 +244,8 @@ def combined(rewards: Rewards, device: torch.device) -> Combined:
     sources: dict[str, Source] = {}
     if rewards.uses("verifier"):
         sources["verifier"] = Verifier()
+    if rewards.uses("pathology"):
+        sources["pathology"] = PathologyRules()
     if rewards.uses("model"):
         if rewards.model_folder is None:
             raise ConfigError(
