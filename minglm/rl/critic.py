@@ -21,6 +21,6 @@ class Critic(nn.Module):
         nn.init.zeros_(self.value.bias)
 
     def forward(self, rows: Rows) -> Tensor:
-        """-> (b, t): what is expected before the label is chosen."""
+        """-> (b, t) fp32: what is expected before the label is chosen."""
         hidden, _, _ = self.trunk.hidden_and_side_losses(rows.input_ids, rows.labels, rows.document_ids, detach_trunk=True)
-        return self.value(hidden)[..., 0]
+        return self.value(hidden)[..., 0].float()
