@@ -102,7 +102,8 @@ class PolicyLearner(Learner):
         self.routing_replay = routing_replay
         self.critic = self.critic_optimizer = self.reference = None
         if objective.advantage == "gae":
-            self.critic = Critic(base, device.torch_device).train()
+            self.critic = Critic.upon(load_model(base, device=device.torch_device)).train()
+            self.critic.activation_checkpointing = recipe.hardware.activation_checkpointing
             settings = self._optimizer_settings()
             self.critic_optimizer: MuonAdamW | None = build_optimizer(self.critic, **settings)
         if objective.kl != "none":
@@ -151,7 +152,7 @@ class PolicyLearner(Learner):
                     with self.model.replaying(rows.experts):
                         old.append(self.log_probs(self.model, rows))
             reference = None if self.reference is None else [self.log_probs(self.reference, rows) for rows in batches]
-            values = None if self.critic is None else [self.critic(rows) for rows in batches]
+            values = None if self.critic is None else [self.critic.values(rows) for rows in batches]
         self.model.train()
         return Before(old, reference, values, replayed, unreplayed, experts)
 
@@ -231,7 +232,7 @@ class PolicyLearner(Learner):
         critic_loss = torch.zeros_like(loss.total)
         if self.critic is not None:
             with self.device.autocast():
-                values = self.critic(rows).flatten()
+                values = self.critic.values(rows).flatten()
             returns = known.returns.flatten()
             critic_loss = value_loss(self.objective, values, known.values.flatten(), returns, tokens, total)
             critic_loss.backward()
