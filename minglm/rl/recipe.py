@@ -102,6 +102,9 @@ class Rewards:
     """Where the endpoint is; its API key is in the environment variable MINGLM_GRADER_KEY."""
     grader_name: str = ""
     """What the endpoint calls the model that grades."""
+    grader_call: bool = False
+    """The grade is the argument of a call that the endpoint forces (tool_choice), as ours does by a grammar: well formed, and
+    without reasons before it, unless the model thinks. False: a line after the reasons, which may be missing."""
     pathology: float = 0.0
     """Weight of rules against loops, marks out of place, mixed scripts and empty turns (minglm.rl.pathology): 1 without any."""
     vetoes: tuple[Literal["verifier", "pathology", "model", "rubric"], ...] = ()
