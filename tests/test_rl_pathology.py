@@ -28,6 +28,7 @@ PLANTED = {
     "a loop": (reply("so it is. " * 9), "repetition: 'so it is. ' 9 times in a row"),
     "a loop amid the reasoning": (reply("A", "First, " + "wait, " * 8 + "yes."), "repetition: "),
     "a loop of one character": (reply("!" * 40), "repetition: '!' 40 times in a row"),
+    "a loop beside a longer rule": (reply("-" * 80 + "!" * 40), "repetition: '!' 40 times in a row"),
     "a loop of lines": (reply("the sun\nthe moon\n" * 5), "repetition: "),
     "a loop of calls": (TURN * 4 + reply("A"), "repetition: the same calls in 4 turns in a row"),
     "a thinking opened again": (reply("A", "Hm. <think>"), "mark out of place: <think>"),

@@ -62,17 +62,17 @@ def _texts(message: Message) -> Iterator[str]:
 def _repetition(text: str) -> Iterator[str]:
     """The longest loop: a stretch of `CHARACTERS` or more that repeats a round of at most `UNIT` characters `TIMES` or more."""
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
-    best, unit = CHARACTERS - 1, ""
+    best, unit = 0, ""
     for period in range(1, min(UNIT, len(codes) // TIMES) + 1):
         # A stretch of period p and length n is n - p places in a row that equal the place p further on.
         differ = np.flatnonzero(codes[period:] != codes[:-period])
         edges = np.concatenate([[-1], differ, [len(codes) - period]])
-        runs = np.diff(edges) - 1
-        at = int(runs.argmax())
-        length = int(runs[at]) + period
-        start = int(edges[at]) + 1
-        if length > best and length >= TIMES * period and text[start : start + period].strip(RULERS):
-            best, unit = length, text[start : start + period]
+        lengths = np.diff(edges) - 1 + period
+        for at in np.flatnonzero(lengths >= max(CHARACTERS, TIMES * period)):
+            start = int(edges[at]) + 1
+            once = text[start : start + period]
+            if lengths[at] > best and once.strip(RULERS):
+                best, unit = int(lengths[at]), once
     if unit:
         yield f"repetition: {unit!r} {best // len(unit)} times in a row"
 
