@@ -131,7 +131,10 @@ def test_fewer_or_more_verdicts_than_answers_are_found():
     assert "verdicts of" in audit(Short(), FAMILIES["ordering"], 2).faults["raises"]
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "ordering", "clock", "function_calling", "style_preference", "style_answer"])
+AUDITED = ["arithmetic", "ordering", "clock", "function_calling", "instruction_following", "style_preference", "style_answer"]
+
+
+@pytest.mark.parametrize("name", AUDITED)
 def test_the_families_own_verifiers_have_no_fault(name):
     found = audit(Verifier(), FAMILIES[name], COUNT)
     assert found.faults == {}, found.faults

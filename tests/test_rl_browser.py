@@ -22,8 +22,10 @@ def attempt(step=1, family="ordering", reward=1.0, text="", **changes) -> dict:
         "text": text,
         "reasons": [text],
         "end": "done",
+        "length": 1234,
+        "parts": {"verifier": 1.0, "pathology": 0.5},
     }
-    return {"step": step, "family": family, "reward": reward, **own, "length": 3, **changes}
+    return {"step": step, "family": family, "reward": reward, **own, **changes}
 
 
 class Reader(HTMLParser):
@@ -61,6 +63,14 @@ def test_whatever_a_policy_writes_is_text(text):
             assert attributes["data-family"] == text
     in_pre = "".join(data for inside, data in found.texts if inside and inside[-1] == "pre")
     assert in_pre.count(text) >= 4  # prompt, thinking, content, all that was seen
+
+
+def test_a_heading_says_what_became_of_an_attempt_and_which_source_said_what():
+    judged = page([attempt(2, "clock", 0.25)], 1, "run")
+    assert "<h2>step 2 · clock · reward 0.25 · done · 1,234 tokens</h2>" in judged
+    assert "<p>by source: verifier 1, pathology 0.5</p>" in judged
+    failed = page([attempt(2, "clock", None, end="failed", parts={"verifier": 1.0})], 1, "run")
+    assert "<h2>step 2 · clock · failed · 1,234 tokens</h2>" in failed and "by source" not in failed
 
 
 def test_thinking_is_folded_and_nothing_is_fetched():

@@ -1,6 +1,7 @@
 """The synchronous loop: what a step learns from, exact agreement with the sampler, and runs that go on to the bit."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -13,15 +14,16 @@ from minglm import ops
 from minglm.__main__ import main
 from minglm.checkpoint import load_model, save_model
 from minglm.config import ConfigError, GLMConfig
+from minglm.engine.engine import Engine
 from minglm.evals.command import find_columns, first_length
 from minglm.rl.curriculum import MANY, WINDOW, Curriculum
 from minglm.rl.learner import PolicyLearner, Rows
 from minglm.rl.loop import rl
 from minglm.rl.objective import Objective, named
 from minglm.rl.recipe import RLRecipe, Sampling, Tasks, load_rl_recipe
-from minglm.rl.rollout import Limits
+from minglm.rl.rollout import Asked, Limits, Rollouts
 from minglm.tasks.task import Verdict
-from minglm.train.device import choose_device
+from minglm.train.device import Device, choose_device
 from minglm.train.metrics import WALL_CLOCK, read_metrics
 from minglm.train.recipe import Hardware, Optimizer
 
@@ -99,6 +101,36 @@ def test_what_was_better_than_its_group_becomes_likelier_and_results_are_not_lea
     learner.policy_step(trajectories, [0, 0, 1, 1], 0.1)
     for reward, old, new in zip(rewards, before, log_probs(), strict=True):
         assert (new > old) == (reward == 1.0)
+
+
+@pytest.mark.parametrize("objective", [named("grpo", kl="k3", kl_weight=0.1, entropy_weight=0.01), named("ppo")])
+def test_in_bf16_sampler_and_trainer_compute_alike_and_weights_and_gradients_stay_fp32(base, objective):
+    """What a GPU does by itself, here on a CPU that is told to."""
+    device = Device(torch.device("cpu"), True, "for this test")
+    training = recipe_of(base).as_training(CONFIG)
+    seen: dict[str, torch.dtype] = {}
+    with ops.using("exact"):
+        learner = PolicyLearner(objective, training, CONFIG, device, base, None, 10**6, 1)
+        asked = [Asked(Echo(2, False), seed) for seed in range(4)]
+
+        def sampled(**changes):
+            return Rollouts(Engine(learner.model, TOKENIZER, gear="exact"), TOKENIZER, Limits(tokens=6), **changes).collect(
+                asked
+            )
+
+        trajectories = sampled(autocast=device.autocast)
+        assert trajectories[0].log_probs != sampled()[0].log_probs
+        layer = learner.model.model.layers[0].mlp
+        layer.register_forward_hook(
+            lambda module, inputs, out: seen.update({"trains" if module.training else "reads": out.dtype})
+        )
+        layer.gate_proj.weight.register_hook(lambda gradient: seen.update(gradient=gradient.dtype))
+        for number, one in enumerate(trajectories):
+            one.verdict = Verdict(number % 2)
+        found = learner.policy_step(trajectories, [0, 0, 1, 1])
+        assert found.gaps.largest_gap == 0 and math.isfinite(found.loss) and found.gradient_norm > 0
+    assert seen == {"trains": torch.bfloat16, "reads": torch.bfloat16, "gradient": torch.float32}
+    assert {parameter.dtype for parameter in learner.model.parameters()} == {torch.float32}
 
 
 def test_a_run_writes_what_happened_and_keeps_sampler_and_trainer_equal_to_the_bit(base, tmp_path):

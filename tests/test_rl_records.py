@@ -42,7 +42,7 @@ def test_pass_at_k_is_the_mean_over_problems_and_partial_rewards_solve_nothing()
 
 def test_failed_attempts_are_counted_by_kind_and_have_no_share_in_any_mean(tmp_path):
     well = [attempt(1.0), attempt(0.5)]
-    practice = Practice([well], well, [attempt(None)] * 3, [well], [("echo", 1)] * 2, 1, 0)
+    practice = Practice([well], well, [attempt(None)] * 3, [well], [(("echo", 1), 7)] * 2, 1, 0)
     record = record_of(practice)
     assert record["reward"] == 0.75 and record["attempts"] == 2 and record["length"] == 2
     assert record["failed"] == 3 and record["failures"] == {"time-out": 3} and record["pass_at"] == {"1": 0.5, "2": 1.0}

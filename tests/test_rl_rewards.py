@@ -1,5 +1,6 @@
 """Rewards from several sources: the laws of their combination, and what happens when one of them fails."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -15,12 +16,13 @@ import torch
 from by_heart import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rl_rollout import TOKENIZER, Echo, collect, policy
+from test_rl_rollout import CONFIG, TOKENIZER, Echo, collect, policy
 
 from minglm.chat import render_tokens
 from minglm.checkpoint import save_model
 from minglm.config import ConfigError
 from minglm.engine.engine import Engine
+from minglm.model import GLM
 from minglm.posttrain.reward_model import RewardModel
 from minglm.rl.loop import rl
 from minglm.rl.objective import named
@@ -212,8 +214,14 @@ def completion(content) -> str:
     return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
 
 
-def grader(url: str) -> Grader:
-    return Grader(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=10), "judge", "Is it kind?")
+def called(arguments) -> str:
+    call = {"id": "a", "type": "function", "function": {"name": "grade", "arguments": arguments}}
+    choice = {"index": 0, "finish_reason": "tool_calls", "message": {"role": "assistant", "content": "", "tool_calls": [call]}}
+    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
+
+
+def grader(url: str, by_call: bool = False) -> Grader:
+    return Grader(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=10), "judge", "Is it kind?", by_call)
 
 
 def test_grades_become_rewards_and_every_failure_becomes_no_verdict(caplog):
@@ -245,6 +253,30 @@ def test_grades_become_rewards_and_every_failure_becomes_no_verdict(caplog):
     assert all("say 3" in one["messages"][1]["content"] and "a thought" not in str(one) for one in asked)
 
 
+def test_grades_by_call_become_rewards_and_arguments_that_are_none_no_verdict(caplog):
+    answers = {
+        "kind": (200, called('{"grade": 9}')),
+        "rude": (200, called('{"grade": 0}')),
+        "above": (200, called('{"grade": 11}')),
+        "text": (200, called('{"grade": "9"}')),
+        "truth": (200, called('{"grade": true}')),
+        "more": (200, called('{"grade": 9, "again": 2}')),
+        "hollow": (200, called("{}")),
+        "list": (200, called("[9]")),
+        "broken": (200, called('{"grade": ')),
+        "wordy": (200, completion("Grade: 9")),
+    }
+
+    def answer(question):
+        return answers[next(name for name in answers if f"[assistant] {name}" in question)]
+
+    with endpoint(answer) as (url, asked), caplog.at_level(logging.WARNING):
+        found = grader(url, by_call=True).judge([Case(Echo(1, False), reply(name)) for name in answers])
+    assert [one and one.reward for one in found] == [0.9, 0.0] + [None] * 8
+    assert caplog.text.count("no verdict of the grader for a problem of echo") == 8
+    assert all(one["tool_choice"]["function"]["name"] == one["tools"][0]["function"]["name"] == "grade" for one in asked)
+
+
 def test_nobody_at_the_endpoint_is_no_verdict_and_the_attempt_has_failed(caplog):
     (one,) = collect([Echo(1, False)], Limits(tokens=6))
     one.end, one.verdict = "done", Verdict(1.0)
@@ -261,11 +293,36 @@ def test_a_grade_is_read_only_where_it_stands_alone_on_its_line(text, number):
     assert read_grade(text.replace("Grade", "")) is None
 
 
-def test_our_own_server_may_grade(caplog):
-    """An untrained model there has nothing to say, which is no verdict; the protocol is met all the same."""
+def ended(count: int):
+    """Attempts that the verifier finds half right."""
+    trajectories = collect([Echo(1, False)] * count, Limits(tokens=6))
+    for number, one in enumerate(trajectories):
+        one.end, one.verdict, one.response = "done", Verdict(0.5), reply("call weather " * number + "7")
+    return trajectories
+
+
+def test_our_own_server_may_grade_and_what_an_untrained_model_says_is_no_verdict_and_no_zero(caplog):
+    trajectories = ended(3)
     with serving(Engine(policy(), TOKENIZER), TOKENIZER, model_name="judge") as served:
-        assert grader(f"{served.url}/v1").judge([Case(Echo(1, False), reply("a"))] * 2) == [None, None]
-    assert caplog.text.count("found no single grade from 0 to 10 in") == 2
+        judge = Combined({"verifier": Verifier(), "rubric": grader(f"{served.url}/v1")}, Rewards(1.0, rubric=1.0))
+        judge.apply(trajectories)
+    assert caplog.text.count("found no single grade from 0 to 10 in") == 3
+    for one in trajectories:
+        assert one.verdict is None and one.end == "failed" and one.parts == {"verifier": 0.5}
+        assert str(one.failure) == "reward: a source of rewards gave no verdict"
+
+
+def test_held_to_the_grammar_of_a_call_even_an_untrained_model_gives_well_formed_grades(caplog):
+    trajectories = ended(3)
+    torch.manual_seed(0)
+    model = GLM(dataclasses.replace(CONFIG, max_position_embeddings=2048)).eval()
+    with serving(Engine(model, TOKENIZER), TOKENIZER, model_name="judge") as served:
+        judge = Combined({"rubric": grader(f"{served.url}/v1", by_call=True)}, Rewards(0.0, rubric=1.0, grader_call=True))
+        judge.apply(trajectories)
+    assert "no verdict" not in caplog.text
+    for one in trajectories:
+        assert one.end == "done" and 10 * one.verdict.reward in range(11)
+        assert one.verdict.reasons == (f"graded {10 * one.verdict.reward:g} of 10",)
 
 
 # ------------------------------------------------------------------------------------------------------------ in the loop

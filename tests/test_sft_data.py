@@ -353,11 +353,11 @@ FAULTY = [
     ("orphan result", [*GOOD[:2], result("b", tool_call_id="z"), assistant("c")], {}, "answers the call 'z'"),
     ("unanswered call", [*GOOD[:2], assistant("c")], {}, "while 1 calls before it have no result"),
     ("arguments", calling(arguments="{city"), {}, "are not JSON"),
-    ("arguments", calling(arguments="{}"), {}, "lack 'city'"),
-    ("arguments", calling(arguments={"city": 3}), {}, "wanted string"),
-    ("arguments", calling(arguments={"city": "a", "days": True}), {}, "wanted integer"),
-    ("arguments", calling(arguments={"city": "a", "unit": "K"}), {}, "wanted one of C, F"),
-    ("arguments", calling(arguments={"city": "a", "town": "b"}), {}, "hold 'town'"),
+    ("arguments", calling(arguments="{}"), {}, "'city' is a required property"),
+    ("arguments", calling(arguments={"city": 3}), {}, "arguments.city: 3 is not of type 'string'"),
+    ("arguments", calling(arguments={"city": "a", "days": True}), {}, "True is not of type 'integer'"),
+    ("arguments", calling(arguments={"city": "a", "unit": "K"}), {}, "'K' is not one of ['C', 'F']"),
+    ("arguments", calling(arguments={"city": "a", "town": "b"}), {}, "'town' was unexpected"),
     ("arguments", calling(name="wether"), {}, "calls 'wether'; wanted one of the tools: weather"),
     ("mode", [user("a"), assistant("b")], {"thinking": True}, "no message after the last user's thinks"),
     ("mode", [user("a"), assistant("b", reasoning_content="c")], {"thinking": False}, "messages[1] thinks"),
@@ -422,13 +422,46 @@ def schema_of(value) -> dict:
 @LAW
 @given(json_values, json_values)
 def test_a_value_is_as_its_own_schema_says_and_another_one_only_if_it_has_the_same(value, other):
+    def fault(it, schema):
+        return violation({"it": it}, {"properties": {"it": schema}})
+
     schema = schema_of(value)
-    assert violation(value, schema, schema, "it") is None
+    assert fault(value, schema) is None
     if isinstance(value, str | int | None) and other is not value and (other != value or type(other) is not type(value)):
-        assert violation(other, schema, schema, "it") is not None
-    root = {"$defs": {"one": schema}, "type": "object", "properties": {"x": {"$ref": "#/$defs/one"}}}
-    assert violation({"x": value}, root, root, "it") is None
-    assert violation({"y": value}, root, root, "it") is not None
+        assert fault(other, schema) is not None
+    root = {"$defs": {"one": schema}, "properties": {"x": {"$ref": "#/$defs/one"}}}
+    assert violation({"x": value}, root) is None
+    assert "'y' was unexpected" in violation({"y": value}, root)
+    assert violation({"y": value}, {**root, "additionalProperties": True}) is None
+
+
+SCHEMAS = [  # schema of an argument; what is as it says; what is not
+    ({"type": "string", "nullable": True}, [None, "a"], [1]),
+    ({"enum": ["a"], "nullable": True}, [None, "a"], ["b"]),
+    ({"type": "integer", "minimum": 2}, [2, 3.0], [1, 2.5, True]),
+    ({"type": "array", "items": {"type": "string"}, "maxItems": 2}, [["a"]], [["a"] * 3, [1], "a"]),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, [None, "a"], [1]),
+    ({"type": "string", "pattern": "^a+$"}, ["aa"], ["b"]),
+    ({"properties": {"a": {}}}, [{"a": 1}, {}], [{"b": 1}]),
+    ({"properties": {"a": {}}, "patternProperties": {"^x": {}}}, [{"x1": 1}], [{"b": 1}]),
+    ({"properties": {"a": {}}, "additionalProperties": {"type": "string"}}, [{"b": "c"}], [{"b": 1}]),
+    ({"const": 1}, [1], [True, 2]),
+]
+
+
+@pytest.mark.parametrize("schema, right, wrong", SCHEMAS)
+def test_arguments_are_held_to_every_keyword_of_the_schema(schema, right, wrong):
+    parameters = {"type": "object", "properties": {"x": schema}}
+    assert [one for one in right if violation({"x": one}, parameters)] == []
+    assert [one for one in wrong if not violation({"x": one}, parameters)] == []
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "strng"}, {"$ref": "#/$defs/none"}, {"$ref": "https://example.org/s.json"}, {"pattern": "("}]
+)
+def test_a_schema_that_cannot_be_followed_is_said_to_be_one_and_nothing_is_fetched(schema):
+    parameters = {"type": "object", "properties": {"x": {"properties": {"y": schema}}}}
+    assert "the tool's schema cannot be followed" in violation({"x": {"y": "z"}}, parameters)
 
 
 def test_an_error_of_the_linter_says_where():

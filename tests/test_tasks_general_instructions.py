@@ -11,6 +11,7 @@ from minglm.tasks.general import InstructionFollowing
 from minglm.tasks.general.constraints import Constraint
 from minglm.tasks.general.draft import WORDS, Draft, Unfit, words_of
 from minglm.tasks.general.forms import KINDS
+from minglm.tasks.task import reply
 
 seeds = st.integers(0, 2**32)
 
@@ -96,7 +97,7 @@ def test_every_composition_can_be_satisfied_and_its_near_misses_break_it(seed, d
         assert problem.verify(problem.demonstrate(thinking)) == (1.0, ())
     for _ in range(5):
         reward, reasons = problem.verify(problem.near_miss(rng))
-        assert reward == (difficulty - len(reasons)) / difficulty < 1
+        assert reward == 0 and 1 <= len(reasons) <= difficulty
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -133,12 +134,28 @@ def test_an_empty_answer_earns_nothing_though_it_breaks_no_ban():
         assert problem.verify([{"role": "assistant", "content": empty}]).reward == 0
 
 
-def test_the_reward_is_the_share_kept_and_the_reasons_say_what_is_not():
+def test_all_constraints_must_be_kept_and_the_reasons_say_which_are_not():
     constraints = (Constraint("words_exactly", 2), Constraint("no_digits"), Constraint("capitals"), Constraint("question"))
     problem = InstructionFollowing("Write.", constraints, "SUN MOON?")
-    reward, reasons = problem.verify([{"role": "assistant", "content": "sun moon sea?"}])
-    assert reward == 0.5
+    assert problem.verify(reply("SEA SUN?")) == (1.0, ())
+    reward, reasons = problem.verify(reply("sun moon sea?"))
+    assert reward == 0
     assert len(reasons) == 2 and "exactly 2 words" in reasons[0] and "capital letters" in reasons[1]
+    assert problem.verify(reply("SUN MOON")).reward == 0  # three of four
+
+
+def test_letters_over_and_over_are_no_words_though_they_keep_the_form():
+    problem = InstructionFollowing("Write.", (Constraint("words_exactly", 2),), "sun moon")
+    assert problem.verify(reply("see a")).reward == 1
+    for text in ("xxx xxxx", "XXX sun", "sun aaa"):
+        reward, reasons = problem.verify(reply(text))
+        assert reward == 0 and "one letter over and over" in reasons[0]
+
+
+def test_a_near_miss_of_a_single_word_is_always_another_word():
+    problem = InstructionFollowing("Write.", (Constraint("include_word", words=("corn",)),), "corn")
+    for seed in range(500):
+        assert problem.verify(problem.near_miss(random.Random(seed))).reward == 0
 
 
 def test_the_lexicon_has_plain_words_once_each():

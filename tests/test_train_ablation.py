@@ -61,5 +61,5 @@ def test_the_interval_moves_with_the_values_and_keeps_its_width(values, shift):
 
 
 def test_the_interval_of_three_values_is_students():
-    assert ablation.mean_and_interval([1.0, 2.0, 3.0]) == "2.0000 ± 2.4826"  # 4.30 * 1 / sqrt(3)
+    assert ablation.mean_and_interval([1.0, 2.0, 3.0]) == "2.0000 ± 2.4841"  # 4.3027 * 1 / sqrt(3)
     assert ablation.mean_and_interval([1.5]) == "1.5000"

@@ -7,11 +7,10 @@ how far another one: 95 of 100 such intervals hold the number that all problems 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
+from scipy.special import stdtrit
 
-LEVEL = 0.95
 NORMAL_95 = 1.959963984540054  # the two-sided 95% quantile of the normal distribution
 
 
@@ -99,27 +98,5 @@ def _around(value: float, residuals: np.ndarray) -> Estimate:
     n = len(residuals)
     if n == 1:
         return Estimate(value, None, None, 1)
-    half = student_quantile(n - 1) * math.sqrt(float((residuals**2).sum()) / (n - 1) / n)
+    half = float(stdtrit(n - 1, 0.975)) * math.sqrt(float((residuals**2).sum()) / (n - 1) / n)
     return Estimate(value, value - half, value + half, n)
-
-
-@lru_cache
-def student_quantile(freedom: int) -> float:
-    """t with P(|T| < t) = 95% for Student's distribution of so many degrees of freedom."""
-    low, high = NORMAL_95 - 1e-9, 13.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _within(middle, freedom) < LEVEL else (low, middle)
-    return (low + high) / 2
-
-
-def _within(t: float, freedom: int) -> float:
-    """P(|T| < t), by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    angle = math.atan(t / math.sqrt(freedom))
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term = total = 0.0 if freedom == 1 else cosine**odd
-    for k in range(2 + odd, freedom, 2):
-        term *= cosine * cosine * (k - 1) / k
-        total += term
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total

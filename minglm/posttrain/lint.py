@@ -5,18 +5,23 @@ it to write one, and a row without a target is a mean of nothing (karpathy/nanoc
 the first step, and none is repaired in silence.
 """
 
+import functools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from minglm.chat import ChatError, Rendered, is_a, render_tokens, signatures
+from minglm.chat import ChatError, Rendered, render_tokens, signatures
 from minglm.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
 
 ROLES = ("system", "user", "assistant", "tool")
 MARK = re.compile("|".join(map(re.escape, sorted(SPECIAL_TOKENS, key=len, reverse=True))))
+NULLABLE = ("type", "enum", "const", "anyOf", "oneOf")  # what `nullable` lets null through
 FAULTS = {
     "json": "not a JSON object with messages (of pairs also chosen and rejected), tools and thinking",
     "role": "unknown role",
@@ -215,63 +220,50 @@ def _call_faults(messages: Sequence[Mapping[str, Any]], schemas: Mapping[str, Ma
                 except (ValueError, RecursionError) as error:
                     yield "arguments", f"{where}.function.arguments are not JSON: {error}"
                     continue
-            schema = {"type": "object", **schemas[name]}
-            reason = violation(arguments, schema, schema, "arguments")
-            if reason:
+            if reason := violation(arguments, schemas[name]):
                 yield "arguments", f"{where} ({name}): {reason}"
 
 
-def violation(value: Any, schema: Any, root: Mapping[str, Any], where: str) -> str | None:
-    """What in a JSON value is not as its schema says: type, enum, const, required, properties, items, unions, references.
+def violation(arguments: Any, parameters: Mapping[str, Any]) -> str | None:
+    """What in a call's arguments is not as the tool's JSON schema says (draft 2020-12, and OpenAPI's `nullable`).
 
     Arguments that no schema names are refused unless `additionalProperties` lets them in, as `minglm.chat.tool_grammar` does.
     """
-    if not isinstance(schema, Mapping):
-        return None
-    if "$ref" in schema:
-        target: Any = root
-        for step in str(schema["$ref"]).removeprefix("#/").split("/"):
-            target = target[step]  # `signatures` has followed it
-        return violation(value, target, root, where)
-    alternatives = schema.get("anyOf") or schema.get("oneOf")
-    if alternatives and all(violation(value, one, root, where) for one in alternatives):
-        return f"{where} is {value!r:.60}; wanted one of the schema's alternatives"
-    for part in schema.get("allOf", ()):
-        if reason := violation(value, part, root, where):
-            return reason
-    if value is None and schema.get("nullable") is True:
-        return None
-    types = schema.get("type", [])
-    types = [types] if isinstance(types, str) else types
-    if types and not any(is_a(value, kind) for kind in types):
-        return f"{where} is {value!r:.60}; wanted {' or '.join(types)}"
-    allowed = [schema["const"]] if "const" in schema else schema.get("enum")
-    if allowed is not None and not any(_same(value, one) for one in allowed):
-        return f"{where} is {value!r:.60}; wanted one of {', '.join(map(str, allowed)):.200}"
-    if isinstance(value, Mapping):
-        return _object_violation(value, schema, root, where)
-    if isinstance(value, list):
-        reasons = (violation(item, schema.get("items"), root, f"{where}[{index}]") for index, item in enumerate(value))
-        return next(filter(None, reasons), None)
-    return None
+    from jsonschema.exceptions import SchemaError, UnknownType, best_match
+    from referencing.exceptions import Unresolvable
+
+    try:
+        found = best_match(_validator(json.dumps({"type": "object", **parameters})).iter_errors(arguments))
+    except (SchemaError, UnknownType, Unresolvable, RecursionError) as error:
+        return f"the tool's schema cannot be followed: {getattr(error, 'message', error)!s:.200}"
+    return None if found is None else f"{found.json_path.replace('$', 'arguments', 1)}: {found.message:.200}"
 
 
-def _object_violation(value: Mapping[str, Any], schema: Mapping[str, Any], root: Mapping[str, Any], where: str) -> str | None:
-    for key in schema.get("required", ()):
-        if key not in value:
-            return f"{where} lack {key!r}"
-    properties = schema.get("properties") or {}
-    others = schema.get("additionalProperties", not properties)
-    for key, item in value.items():
-        if key not in properties and others is False:
-            return f"{where} hold {key!r}; wanted only {', '.join(properties) or 'none'}"
-        if reason := violation(item, properties.get(key, others), root, f"{where}[{key!r}]"):
-            return reason
-    return None
+@functools.lru_cache(maxsize=1024)
+def _validator(schema: str) -> "Validator":
+    """Of a schema's JSON. Raises SchemaError for one that is none."""
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+    from referencing import Registry
 
+    own = Draft202012Validator.VALIDATORS
 
-def _same(value: Any, other: Any) -> bool:
-    return value == other and isinstance(value, bool) == isinstance(other, bool)
+    def unless_null(keyword: str) -> Callable[..., Iterator[Any]]:
+        def check(validator: "Validator", wanted: Any, value: Any, part: Mapping[str, Any]) -> Iterator[Any]:
+            if value is not None or part.get("nullable") is not True:
+                yield from own[keyword](validator, wanted, value, part)
+
+        return check
+
+    def properties(validator: "Validator", wanted: Any, value: Any, part: Mapping[str, Any]) -> Iterator[Any]:
+        yield from own["properties"](validator, wanted, value, part)
+        if wanted and "additionalProperties" not in part:
+            yield from own["additionalProperties"](validator, False, value, part)
+
+    strict = extend(Draft202012Validator, {"properties": properties, **{key: unless_null(key) for key in NULLABLE}})
+    found = json.loads(schema)
+    Draft202012Validator.check_schema(found)
+    return strict(found, registry=Registry())  # an empty one: nothing is ever fetched
 
 
 def _mode_faults(sample: Sample) -> Found:

@@ -91,23 +91,39 @@ class LoRA:
         require(self.alpha > 0, "alpha", self.alpha, "above 0")
 
 
-@dataclass(frozen=True)
-class SFTRecipe:
-    """Everything that decides a fine-tuning."""
+@dataclass(frozen=True, kw_only=True)
+class PostTraining:
+    """What recipes of fine-tuning and of learning from preferences have in common."""
 
-    conversations: Conversations
-    training: Training
     base: Annotated[Positional[Path | None], arg(metavar="BASE")] = None
     """The model to start from: a run folder, or a Hugging Face folder with its tokenizer."""
     seed: int = 1
     """Everything random hangs on it."""
     router: Router = "sequence_loss_only"
-    lora: LoRA = field(default_factory=LoRA)
+    training: Training
     optimizer: Optimizer = field(default_factory=Optimizer)
     schedule: Schedule = field(default_factory=Schedule)
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     hardware: Hardware = field(default_factory=Hardware)
+
+    def as_training(self, model: GLMConfig) -> Recipe:
+        """As the trainer reads it, for a base of this architecture. Raises `ConfigError` for what does not fit together."""
+        training = dataclasses.replace(
+            self.training,
+            router_bias_rate=self.training.router_bias_rate if self.router == "update" else 0.0,
+            balance_weight=0.0 if self.router == "freeze" else self.training.balance_weight,
+        )
+        kept = {key: getattr(self, key) for key in ("seed", "optimizer", "schedule", "evaluation", "checkpoints", "hardware")}
+        return Recipe(model, training, samples=Samples(prompts=()), **kept)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTRecipe(PostTraining):
+    """Everything that decides a fine-tuning."""
+
+    conversations: Conversations
+    lora: LoRA = field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
         if self.lora.rank:
@@ -116,10 +132,6 @@ class SFTRecipe:
             require(
                 self.router != "update", "router", self.router, "another one with LoRA, which leaves the routers as they are"
             )
-
-    def as_training(self, model: GLMConfig) -> Recipe:
-        """As the trainer reads it, for a base of this architecture. Raises `ConfigError` for what does not fit together."""
-        return _as_training(self, model)
 
 
 @dataclass(frozen=True)
@@ -146,14 +158,11 @@ class Preferences:
         require(bool(held_out), "held_out_files", (), "some, as there are no levels to hold pairs out from")
 
 
-@dataclass(frozen=True)
-class RewardRecipe:
+@dataclass(frozen=True, kw_only=True)
+class RewardRecipe(PostTraining):
     """Everything that decides a training on preferences."""
 
     preferences: Preferences
-    training: Training
-    base: Annotated[Positional[Path | None], arg(metavar="BASE")] = None
-    """The model to start from: a run folder, or a Hugging Face folder with its tokenizer."""
     objective: Literal["bradley_terry", "dpo"] = "bradley_terry"
     """bradley_terry: a reward model, the base with one number in place of its head. dpo: the base itself, which stays a policy
     and is held to where it started; its answers are learnt with their reasoning, which a reward model never sees."""
@@ -161,41 +170,10 @@ class RewardRecipe:
     """bradley_terry: of the penalty that keeps the scores around 0, so that their logistic function is a reward."""
     beta: float = 0.1
     """dpo: how much the distance from the base costs."""
-    seed: int = 1
-    """Everything random hangs on it."""
-    router: Router = "sequence_loss_only"
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    schedule: Schedule = field(default_factory=Schedule)
-    evaluation: Evaluation = field(default_factory=Evaluation)
-    checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    hardware: Hardware = field(default_factory=Hardware)
 
     def __post_init__(self) -> None:
         require(self.center_weight >= 0, "center_weight", self.center_weight, "0 or more")
         require(self.beta > 0, "beta", self.beta, "above 0")
-
-    def as_training(self, model: GLMConfig) -> Recipe:
-        """As the trainer reads it, for a base of this architecture. Raises `ConfigError` for what does not fit together."""
-        return _as_training(self, model)
-
-
-def _as_training(recipe: SFTRecipe | RewardRecipe, model: GLMConfig) -> Recipe:
-    training = dataclasses.replace(
-        recipe.training,
-        router_bias_rate=recipe.training.router_bias_rate if recipe.router == "update" else 0.0,
-        balance_weight=0.0 if recipe.router == "freeze" else recipe.training.balance_weight,
-    )
-    return Recipe(
-        model,
-        training,
-        seed=recipe.seed,
-        optimizer=recipe.optimizer,
-        schedule=recipe.schedule,
-        evaluation=recipe.evaluation,
-        samples=Samples(prompts=()),
-        checkpoints=recipe.checkpoints,
-        hardware=recipe.hardware,
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- reading, writing

@@ -38,7 +38,7 @@ def page(attempts: Sequence[Mapping[str, Any]], of: int, name: str) -> str:
     articles = "\n".join(map(_article, attempts))
     shown = f"{len(attempts):,} attempts" if len(attempts) == of else f"{len(attempts):,} of {of:,} attempts, evenly chosen"
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <title>{escape(name)}: rollouts</title><style>{STYLE}</style></head><body>
 <header><h1>{escape(name)}</h1><p>{shown}, <output id="count">{len(attempts)}</output> match</p>
@@ -57,9 +57,13 @@ def page(attempts: Sequence[Mapping[str, Any]], of: int, name: str) -> str:
 def _article(one: Mapping[str, Any]) -> str:
     reward = "" if one["reward"] is None else f"{one['reward']:g}"
     reasons = "; ".join(one["reasons"])
-    title = f"step {one['step']} · {one['family']} · {'failed' if reward == '' else f'reward {reward}'} · {one['end']}"
+    # An attempt without a verdict has ended in "failed", which says it all.
+    said = [f"reward {reward}", one["end"]] if reward else [one["end"]]
+    title = " · ".join([f"step {one['step']}", one["family"], *said, f"{one['length']:,} tokens"])
+    sources = ", ".join(f"{name} {value:g}" for name, value in one["parts"].items())
     parts = [
         f"<h2>{escape(title)}</h2>",
+        f"<p>by source: {escape(sources)}</p>" if len(one["parts"]) > 1 else "",
         f'<p class="reasons">{escape(reasons)}</p>' if reasons else "",
         _folded("prompt", "".join(map(_message, one["messages"]))),
         *map(_message, one["response"]),
@@ -93,7 +97,7 @@ article { border: 1px solid #ddd; border-radius: 6px; margin: 1rem 0; padding: .
 article[hidden] { display: none }
 h2 { font-size: 1rem; margin: .3rem 0 } h3 { font-size: .8rem; color: #666; margin: .4rem 0 0 }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0; font-size: .85rem }
-.reasons { color: #a33; margin: .2rem 0 } .calls, .tool pre { background: #f4f4f4; padding: .3rem }
+article p { margin: .2rem 0 } .reasons { color: #a33 } .calls, .tool pre { background: #f4f4f4; padding: .3rem }
 summary { cursor: pointer; color: #446 }
 """
 
@@ -101,7 +105,7 @@ SCRIPT = """
 const form = document.forms[0], articles = [...document.querySelectorAll("article")];
 const within = (text, low, high) =>
   (low === "" || Number(text) >= Number(low)) && (high === "" || Number(text) <= Number(high));
-form.addEventListener("input", () => {
+const filter = () => {
   const { family, first, last, low, high, failed } = form.elements;
   let count = 0;
   for (const one of articles) {
@@ -112,6 +116,8 @@ form.addEventListener("input", () => {
     count += !one.hidden;
   }
   document.getElementById("count").value = count;
-});
+};
+form.addEventListener("input", filter);
+filter();  // a browser may have kept what was chosen before the page was loaded again
 form.addEventListener("submit", (event) => event.preventDefault());
 """

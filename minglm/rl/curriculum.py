@@ -12,6 +12,10 @@ the last attempts at any of them:
 
 Stage 1 draws from moderate pools, stage 2 from hard ones too; from unknown ones always, and seldom from any, so that no measure
 grows old. With partial rewards the pass rate is the mean reward, and success a reward of 1.
+
+Against pathologies problems are chosen one by one: these are rare, and training at large would hardly see them, so that the
+report picks prompts that are likely to provoke them (section 3.4). Half of the problems are new, of any pool; half are ones
+at which attempts were pathological before, each as often as its attempts were.
 """
 
 import random
@@ -25,6 +29,8 @@ from minglm.tasks import FAMILIES
 from minglm.tasks.task import Problem, problems
 
 Pool = tuple[str, int]
+Drawn = tuple[Pool, int]
+"""A problem: its pool, and the seed that it is drawn with."""
 
 Standing = Literal["unknown", "mastered", "moderate", "hard", "hopeless"]
 
@@ -33,6 +39,7 @@ MODERATE = (1 / 8, 7 / 8)
 WINDOW = 10  # steps whose mean reward is compared with that of as many before
 LEVEL = 0.01  # rise below which it has levelled off
 EXPLORED = 0.1  # of the problems come from any pool, so that no pass rate grows old
+NEW = 0.5  # of the problems are new ones, among which those that provoke pathologies are found
 
 
 def levelled_off(rewards: Sequence[float]) -> bool:
@@ -42,7 +49,8 @@ def levelled_off(rewards: Sequence[float]) -> bool:
 
 
 class Curriculum:
-    """State: the last rewards of each pool, how many there were, the mean rewards of the steps so far, the stage, 1 or 2."""
+    """State: the last rewards of each pool, how many there were, the mean rewards of the steps so far, the stage, 1 or 2; and
+    of each problem that provokes pathologies, which of its last attempts had one."""
 
     def __init__(self, tasks: Tasks, seed: int):
         self.pools: list[Pool] = [(family, level) for family, levels in tasks.levels.items() for level in levels]
@@ -53,18 +61,22 @@ class Curriculum:
         self.attempts: dict[Pool, int] = dict.fromkeys(self.pools, 0)
         self.rewards: list[float] = []
         self.stage = 1
+        self.provoking: dict[Drawn, list[bool]] = {}  # MANY problems at most, the longest known first; RECENT attempts each
 
-    def draw(self, step: int, first: int, count: int) -> list[tuple[Pool, Problem]]:
+    def draw(self, step: int, first: int, count: int) -> list[tuple[Drawn, Problem]]:
         """Problems first, first + 1, ... of a step: a function of seed, step and number, and of the state."""
         found = []
         for number in range(first, first + count):
-            (family, level), draw = self.pick(step, number)
-            found.append(((family, level), next(problems(FAMILIES[family], TRAIN, draw, [level]))))
+            (family, level), seed = drawn = self.pick(step, number)
+            found.append((drawn, next(problems(FAMILIES[family], TRAIN, seed, [level]))))
         return found
 
-    def pick(self, step: int, number: int) -> tuple[Pool, int]:
-        """The pool of a problem, and the seed that it is drawn with."""
+    def pick(self, step: int, number: int) -> Drawn:
         rng = random.Random(f"{self.seed} {step} {number}")
+        if self.tasks.curriculum == "pathology":
+            if self.provoking and rng.random() >= NEW:
+                return rng.choices(list(self.provoking), [statistics.fmean(shown) for shown in self.provoking.values()])[0]
+            return rng.choice(self.pools), rng.getrandbits(62)
         pool = rng.choice(self.pools if rng.random() < EXPLORED else self.chosen())
         return pool, rng.getrandbits(62)
 
@@ -98,6 +110,16 @@ class Curriculum:
         if levelled_off(self.rewards):
             self.stage = 2
 
+    def learn_pathologies(self, drawn: Drawn, shown: Sequence[bool]) -> None:
+        """Which attempts at a problem were pathological. One whose last attempts were not is forgotten."""
+        if self.tasks.curriculum != "pathology":
+            return
+        recent = [*self.provoking.pop(drawn, []), *shown][-RECENT:]
+        if any(recent):
+            self.provoking[drawn] = recent
+            while len(self.provoking) > MANY:
+                del self.provoking[next(iter(self.provoking))]
+
     def record(self) -> dict[str, dict[str, Any]]:
         """For metrics.jsonl, of each pool: attempts, pass rate, how many of the last MANY succeeded, standing."""
         return {
@@ -112,9 +134,11 @@ class Curriculum:
 
     def state_dict(self) -> dict[str, Any]:
         pools = [[*pool, self.attempts[pool], list(self.last[pool])] for pool in self.pools]
-        return {"pools": pools, "rewards": list(self.rewards), "stage": self.stage}
+        provoking = [[*pool, seed, list(shown)] for (pool, seed), shown in self.provoking.items()]
+        return {"pools": pools, "rewards": list(self.rewards), "stage": self.stage, "provoking": provoking}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for family, level, attempts, last in state["pools"]:
             self.attempts[family, level], self.last[family, level] = attempts, list(last)
         self.rewards, self.stage = list(state["rewards"]), state["stage"]
+        self.provoking = {((family, level), seed): list(shown) for family, level, seed, shown in state["provoking"]}

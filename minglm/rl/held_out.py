@@ -31,6 +31,7 @@ class HeldOut(NamedTuple):
             "by_source": by_source(self.judged),
             "length": statistics.fmean(one.length for one in self.judged),
             "ends": dict(Counter(one.end for one in self.judged)),
+            "pathological": statistics.fmean(one.pathological for one in self.judged),
             "failed": self.failed,
         }
 

@@ -102,7 +102,8 @@ class PolicyLearner(Learner):
         self.routing_replay = routing_replay
         self.critic = self.critic_optimizer = self.reference = None
         if objective.advantage == "gae":
-            self.critic = Critic(base, device.torch_device).train()
+            self.critic = Critic.upon(load_model(base, device=device.torch_device)).train()
+            self.critic.activation_checkpointing = recipe.hardware.activation_checkpointing
             settings = self._optimizer_settings()
             self.critic_optimizer: MuonAdamW | None = build_optimizer(self.critic, **settings)
         if objective.kl != "none":
@@ -135,23 +136,24 @@ class PolicyLearner(Learner):
     def before(self, batches: Sequence[Rows]) -> Before:
         """What the weights that the step starts from say, before the first update. Raises ValueError for R3 without experts."""
         self.model.eval()
-        old, experts = [], []
-        for rows in batches:
-            hidden, chosen = self.model.hidden_and_experts(rows.input_ids, rows.document_ids)
-            old.append(self._of_labels(self.model, hidden, rows))
-            experts.append(chosen)
-        unreplayed, replayed = old, [None] * len(batches) if self.routing_replay == "none" else experts
-        if self.routing_replay == "R3":
-            replayed = [rows.experts for rows in batches]
-            if any(chosen is None for chosen in replayed):
-                raise ValueError("routing_replay 'R3' found trajectories without experts; wanted rollouts that record them")
-            old = []
+        with self.device.autocast():
+            old, experts = [], []
             for rows in batches:
-                with self.model.replaying(rows.experts):
-                    old.append(self.log_probs(self.model, rows))
+                hidden, chosen = self.model.hidden_and_experts(rows.input_ids, rows.document_ids)
+                old.append(self._of_labels(self.model, hidden, rows))
+                experts.append(chosen)
+            unreplayed, replayed = old, [None] * len(batches) if self.routing_replay == "none" else experts
+            if self.routing_replay == "R3":
+                replayed = [rows.experts for rows in batches]
+                if any(chosen is None for chosen in replayed):
+                    raise ValueError("routing_replay 'R3' found trajectories without experts; wanted rollouts that record them")
+                old = []
+                for rows in batches:
+                    with self.model.replaying(rows.experts):
+                        old.append(self.log_probs(self.model, rows))
+            reference = None if self.reference is None else [self.log_probs(self.reference, rows) for rows in batches]
+            values = None if self.critic is None else [self.critic.values(rows) for rows in batches]
         self.model.train()
-        reference = None if self.reference is None else [self.log_probs(self.reference, rows) for rows in batches]
-        values = None if self.critic is None else [self.critic(rows) for rows in batches]
         return Before(old, reference, values, replayed, unreplayed, experts)
 
     def policy_step(
@@ -219,16 +221,19 @@ class PolicyLearner(Learner):
             None if known.reference is None else known.reference.flatten(),
         )
         with self.model.replaying(known.experts):
-            hidden, mtp, balance = self.model.hidden_and_side_losses(
-                rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
-            )
-            log_probs = self._of_labels(self.model, hidden, rows).flatten()
-            entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
-            loss = policy_loss(self.objective, log_probs, tokens, known.advantages.flatten(), total, entropies)
+            with self.device.autocast():
+                hidden, mtp, balance = self.model.hidden_and_side_losses(
+                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
+                )
+                log_probs = self._of_labels(self.model, hidden, rows).flatten()
+                entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
+                loss = policy_loss(self.objective, log_probs, tokens, known.advantages.flatten(), total, entropies)
             (loss.total + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
         critic_loss = torch.zeros_like(loss.total)
         if self.critic is not None:
-            values, returns = self.critic(rows).flatten(), known.returns.flatten()
+            with self.device.autocast():
+                values = self.critic.values(rows).flatten()
+            returns = known.returns.flatten()
             critic_loss = value_loss(self.objective, values, known.values.flatten(), returns, tokens, total)
             critic_loss.backward()
         return torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach()

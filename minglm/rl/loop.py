@@ -115,7 +115,7 @@ class Loop:
         )
         self.engine.weights_version = self.step  # counts steps, also over a resumption
         rewards = combined(recipe.rewards, device.torch_device)
-        self.rollouts = Rollouts(self.engine, tokenizer, self.limits, recipe.records_experts, rewards.apply)
+        self.rollouts = Rollouts(self.engine, tokenizer, self.limits, recipe.records_experts, rewards.apply, device.autocast)
         self.held_out, self.validation = set_aside(recipe)
 
     def run(self, stop: StopRequest) -> Outcome:

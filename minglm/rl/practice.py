@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from minglm.rl.curriculum import Curriculum, Pool
+from minglm.rl.curriculum import Curriculum, Drawn
 from minglm.rl.objective import SPREAD
 from minglm.rl.recipe import Sampling
 from minglm.rl.rollout import Asked, Rollouts, Trajectory, groups_of
@@ -23,7 +23,7 @@ class Practice:
     judged: list[Trajectory] = field(default_factory=list)
     failed: list[Trajectory] = field(default_factory=list)  # without a verdict, left out with their groups
     whole: list[list[Trajectory]] = field(default_factory=list)  # groups in which none has failed
-    pools: list[Pool] = field(default_factory=list)  # of each in `judged`
+    drawn: list[Drawn] = field(default_factory=list)  # the problem of each in `judged`
     rounds: int = 0
     without_spread: int = 0  # groups that were left out for that
     numbers: dict[str, Any] = field(default_factory=dict)  # what else the step's record is to tell
@@ -42,11 +42,11 @@ class Practice:
         """How many attempts have failed, by kind."""
         return dict(Counter(one.failure.kind for one in self.failed))
 
-    def add(self, group: list[Trajectory], pool: Pool, by_spread: bool) -> None:
+    def add(self, group: list[Trajectory], drawn: Drawn, by_spread: bool) -> None:
         """Attempts at one problem. by_spread: keep no group without a spread of rewards."""
         judged = [one for one in group if one.verdict is not None]
         self.judged += judged
-        self.pools += [pool] * len(judged)
+        self.drawn += [drawn] * len(judged)
         if len(judged) < len(group):
             self.failed += [one for one in group if one.verdict is None]
             return
@@ -65,7 +65,12 @@ class Practice:
                 f"step {step}: all {len(self.failed)} attempts have failed, by no fault of the policy's; nothing was learnt or "
                 f"lost. Most often: {'; '.join(f'{reason} ({count} times)' for reason, count in reasons)}"
             )
-        curriculum.learn(self.pools, [one.verdict.reward for one in self.judged])
+        curriculum.learn([pool for pool, _ in self.drawn], [one.verdict.reward for one in self.judged])
+        shown: dict[Drawn, list[bool]] = {}
+        for drawn, one in zip(self.drawn, self.judged, strict=True):
+            shown.setdefault(drawn, []).append(one.pathological)
+        for drawn, own in shown.items():
+            curriculum.learn_pathologies(drawn, own)
 
 
 def practise(rollouts: Rollouts, curriculum: Curriculum, sampling: Sampling, seed: int, step: int) -> Practice:
@@ -85,7 +90,7 @@ def practise(rollouts: Rollouts, curriculum: Curriculum, sampling: Sampling, see
         drawn += missing
         found.rounds += 1
         attempts = rollouts.collect(asked)
-        for (pool, _), group in zip(problems, groups_of(attempts, sampling.group_size), strict=True):
-            found.add(list(group), pool, sampling.rounds > 1)
+        for (one, _), group in zip(problems, groups_of(attempts, sampling.group_size), strict=True):
+            found.add(list(group), one, sampling.rounds > 1)
     found.tell(curriculum, step)
     return found

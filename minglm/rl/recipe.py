@@ -20,9 +20,10 @@ class Tasks:
 
     levels: Mapping[str, tuple[int, ...]]
     """Family (minglm.tasks) -> its difficulties."""
-    curriculum: Literal["none", "pass_rate"] = "pass_rate"
+    curriculum: Literal["none", "pass_rate", "pathology"] = "pass_rate"
     """none: all difficulties equally often. pass_rate: moderate ones first, those the policy solves now and then; when the
-    reward has levelled off, hard ones, too, of which it has solved one at least (report, section 3.2)."""
+    reward has levelled off, hard ones, too, of which it has solved one at least (report, section 3.2). pathology: problems that
+    attempts were pathological at come again, by how often they were (report, section 3.4)."""
 
     def __post_init__(self) -> None:
         require(bool(self.levels), "levels", self.levels, "a family, and its difficulties")
@@ -85,7 +86,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Rewards:
-    """Who says how good an attempt is (minglm.rl.rewards): the weighed mean of up to three sources."""
+    """Who says how good an attempt is (minglm.rl.rewards): the weighed mean of up to four sources."""
 
     verifier: float = 1.0
     """Weight of the problem's own rules."""
@@ -101,12 +102,17 @@ class Rewards:
     """Where the endpoint is; its API key is in the environment variable MINGLM_GRADER_KEY."""
     grader_name: str = ""
     """What the endpoint calls the model that grades."""
-    vetoes: tuple[Literal["verifier", "model", "rubric"], ...] = ()
+    grader_call: bool = False
+    """The grade is the argument of a call that the endpoint forces (tool_choice), as ours does by a grammar: well formed, and
+    without reasons before it, unless the model thinks. False: a line after the reasons, which may be missing."""
+    pathology: float = 0.0
+    """Weight of rules against loops, marks out of place, mixed scripts and empty turns (minglm.rl.pathology): 1 without any."""
+    vetoes: tuple[Literal["verifier", "pathology", "model", "rubric"], ...] = ()
     """Sources that can veto: an attempt to which one gives less than `veto_below` has reward 0."""
     veto_below: float = 0.5
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("verifier", "model", "rubric")}
+        weights = {name: getattr(self, name) for name in ("verifier", "pathology", "model", "rubric")}
         for key, weight in weights.items():
             require(weight >= 0, key, weight, "0 or more")
         require(any(weights.values()), "verifier", self.verifier, "a source with a weight above 0")
@@ -183,6 +189,9 @@ class RLRecipe:
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("evaluate_every", "keep", "mtp_weight", "balance_weight"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        unmeasured = self.tasks.curriculum == "pathology" and not self.rewards.uses("pathology")
+        wanted = "rewards.pathology above 0, or 'pathology' among rewards.vetoes, which is what measures it"
+        require(not unmeasured, "tasks.curriculum", self.tasks.curriculum, wanted)
 
     @property
     def records_experts(self) -> bool:

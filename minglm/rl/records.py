@@ -41,6 +41,7 @@ def record_of(practice: Practice) -> dict[str, Any]:
         "length": statistics.fmean(one.length for one in judged),
         "turns": statistics.fmean(one.turns for one in judged),
         "ends": dict(Counter(one.end for one in judged)),
+        "pathological": statistics.fmean(one.pathological for one in judged),
         "attempts": len(judged),
         "trained_on": len(practice.trajectories),
         "rounds": practice.rounds,

@@ -56,7 +56,7 @@ def rehearse(learner: PolicyLearner, longest: int, most_rows: int) -> Rehearsed:
     """
     device = learner.device.torch_device
     shapes = largest_shapes(longest, learner.tokens_at_once, most_rows)
-    models = [learner.model] if learner.critic is None else [learner.model, learner.critic.trunk]
+    models = [learner.model] if learner.critic is None else [learner.model, learner.critic]
     loads = [model.expert_load.clone() for model in models]
     optimizers = [one for one in (learner.optimizer, learner.critic_optimizer) if one is not None]
     fresh = [optimizer for optimizer in optimizers if not optimizer.state]

@@ -6,6 +6,7 @@ template's own pieces; nothing is ever rendered a second time, so no template ca
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, NamedTuple
@@ -55,6 +56,11 @@ class Trajectory:
     def length(self) -> int:
         """Tokens that the policy chose."""
         return sum(self.sampled)
+
+    @property
+    def pathological(self) -> bool:
+        """Whether it was cut off, could not be read, or has what the rules against pathologies name, if these were asked."""
+        return self.end in ("length", "malformed") or self.parts.get("pathology", 1.0) < 1
 
     @property
     def turns(self) -> int:
@@ -117,11 +123,13 @@ class Rollouts:
         limits: Limits,
         records_experts: bool = False,
         judge: Judge | None = None,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         """records_experts: keep which experts each token went to. Prompts are then computed for each attempt anew. judge: puts
-        other verdicts in place of those of the problems' verifiers."""
+        other verdicts in place of those of the problems' verifiers. autocast: the trainer's (`minglm.train.device.Device`), so
+        that sampler and trainer compute in one precision."""
         self.engine, self.tokenizer, self.limits, self.records_experts = engine, tokenizer, limits, records_experts
-        self.judge = judge
+        self.judge, self.autocast = judge, autocast
         self.environments = Environments(limits.seconds)
 
     @property
@@ -129,6 +137,11 @@ class Rollouts:
         """Tokens of an attempt that the model reads, at most; it may choose one more, which is never read."""
         positions = self.engine.model.config.max_position_embeddings
         return min(self.limits.context or positions, positions)
+
+    def step(self) -> list[RequestOutput]:
+        """The engine's."""
+        with self.autocast():
+            return self.engine.step()
 
     def collect(self, asked: Sequence[Asked]) -> list[Trajectory]:
         """Attempt all problems -> their trajectories, in order.
@@ -140,7 +153,7 @@ class Rollouts:
         try:
             while by_request:
                 ended = []
-                for output in self.engine.step():
+                for output in self.step():
                     attempt = by_request[output.request_id]
                     attempt.take(output)
                     if output.finish_reason is not None:

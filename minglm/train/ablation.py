@@ -20,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from scipy.special import stdtrit
 from tqdm import tqdm
 
 from minglm.config import ConfigError, build
 from minglm.train.metrics import read_metrics
 from minglm.train.recipe import Recipe
-
-# Two-sided 95% quantiles of Student's t for 1, 2, 3, ... degrees of freedom.
-T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-
 
 T = TypeVar("T")
 
@@ -155,8 +152,7 @@ def mean_and_interval(values: Sequence[float]) -> str:
     mean = statistics.mean(values)
     if len(values) < 2:
         return f"{mean:.4f}"
-    quantile = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else 1.96
-    return f"{mean:.4f} ± {quantile * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+    return f"{mean:.4f} ± {stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
 
 
 def report(results: Mapping[str, Sequence[RunResult]]) -> str:

@@ -79,7 +79,7 @@ class BufferedLoop(Loop, ABC):
             order = Order(**group.order)
             problem = order.problem()
             attempts = [Result(**slot.result).trajectory(problem) for slot in group.slots]
-            found.add(attempts, (order.family, order.level), self.buffer.rounds > 1)
+            found.add(attempts, ((order.family, order.level), order.draw), self.buffer.rounds > 1)
         versions = [{version for version in one.versions if version >= 0} for one in found.trajectories]
         with self.alone():
             found.tell(self.curriculum, self.step)

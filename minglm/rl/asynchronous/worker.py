@@ -181,7 +181,7 @@ class Worker:
 
     def _step(self) -> None:
         by_request = {held.request: held for held in self.held.values() if held.request is not None}
-        for output in self.engine.step():
+        for output in self.rollouts.step():
             held = by_request.get(output.request_id)
             if held is None:  # void
                 continue
@@ -218,12 +218,13 @@ def work(run_folder: Path, name: str | None = None, parent: int | None = None) -
     recipe = load_rl_recipe(run_folder / "config.toml")
     base = model_folder(recipe.base)
     tokenizer = Tokenizer.from_pretrained(base)
-    device = choose_device(recipe.hardware).torch_device
-    model = load_model(base, device=device).requires_grad_(False)
+    device = choose_device(recipe.hardware)
+    model = load_model(base, device=device.torch_device).requires_grad_(False)
     room = recipe.asynchronous.room
     engine = Engine(model.eval(), tokenizer, gear=recipe.hardware.gear, max_running=room)
-    rewards = combined(recipe.rewards, device)
-    rollouts = Rollouts(engine, tokenizer, Limits.of(recipe.sampling), recipe.records_experts, rewards.apply)
+    rewards = combined(recipe.rewards, device.torch_device)
+    limits = Limits.of(recipe.sampling)
+    rollouts = Rollouts(engine, tokenizer, limits, recipe.records_experts, rewards.apply, device.autocast)
     name = name or f"{socket.gethostname()}-{os.getpid()}.{secrets.token_hex(4)}"
     with ops.using(recipe.hardware.gear):
         Worker(name, rollouts, room, Connection(run_folder, parent)).run()

@@ -7,7 +7,7 @@ from typing import Self
 
 from minglm.tasks.general.answer import hear, shown
 from minglm.tasks.general.constraints import Constraint
-from minglm.tasks.general.draft import WORDS, Draft, Unfit
+from minglm.tasks.general.draft import WORDS, Draft, Unfit, words_of
 from minglm.tasks.general.forms import KINDS
 from minglm.tasks.task import Message, Problem, TaskError, Verdict, reply
 
@@ -27,8 +27,9 @@ STOCK = _stock()
 class InstructionFollowing(Problem):
     """A text is wanted that keeps some constraints. Difficulty is how many.
 
-    The constraints are drawn together with a text that keeps them all, so every composition can be satisfied. The reward
-    is the share of the constraints that are kept; 1 means all of them. An empty text has none.
+    The constraints are drawn together with a text that keeps them all, so every composition can be satisfied. The reward is 1
+    where all are kept and else 0, IFEval's strict accuracy of a prompt (arXiv 2311.07911): a share of them would pay for
+    bans that any text keeps, and for xxx in the right form. For the same reason a text has words: xxx is none.
 
     Fields:
         opening: the first sentence of the instruction.
@@ -88,10 +89,11 @@ class InstructionFollowing(Problem):
         return self._judge(content)
 
     def _judge(self, text: str) -> Verdict:
+        if any(len(word) > 2 and len(set(word)) == 1 for word in words_of(text)):
+            return Verdict(0.0, (f"wanted words, not one letter over and over. Found {shown(text)}",))
         broken = [constraint for constraint in self.constraints if not KINDS[constraint.kind].kept(constraint, text)]
         reasons = tuple(f"{KINDS[constraint.kind].told(constraint)} Found {shown(text)}" for constraint in broken)
-        total = len(self.constraints)
-        return Verdict((total - len(broken)) / total, reasons)
+        return Verdict(float(not broken), reasons)
 
     def near_miss(self, rng: random.Random) -> list[Message]:
         changed = [text for text in _changes(self, rng) if text.strip() and self._judge(text.strip()).reward < 1]
@@ -141,7 +143,7 @@ def _changes(problem: InstructionFollowing, rng: random.Random) -> list[str]:
         text.strip('"!?.'),
         text.replace(",", ""),
         f"{text}, 7",
-        *(text.replace(word, rng.choice(WORDS)) for word in named),
+        *(text.replace(word, rng.choice([other for other in WORDS if other != word])) for word in named),
         *(f"{text} {word}" for word in named),
         text.replace(str(number), str(number + 1)),
         text.replace("[", "").replace("]", ""),
