@@ -25,6 +25,8 @@ def answers_to(question: Question) -> Iterator[tuple[str, Sequence[Message], flo
     """Name, response and wanted reward."""
     if question.gold:
         yield "gold", question.gold, 1.0
+    if question.thought:
+        yield "gold with thinking", question.thought, 1.0
     yield "nothing", [], 0.0
     yield "empty", reply(" \n"), 0.0
     yield "copied question", reply(question.text), 0.0
@@ -47,9 +49,9 @@ def summary(checks: Sequence[Check]) -> list[str]:
     lines = []
     for suite in dict.fromkeys(check.question.suite for check in checks):
         own = [check for check in checks if check.question.suite == suite]
-        gold = [check for check in own if check.answer == "gold"]
+        gold = [check for check in own if check.answer.startswith("gold")]
         right = sum(check.reward == 1 for check in gold)
-        zeros = [check for check in own if check.answer != "gold" and check.reward is not None]
+        zeros = [check for check in own if check not in gold and check.reward is not None]
         unjudged = len({check.question.id for check in own if check.reward is None})
         questions = len({check.question.id for check in own})
         lines.append(

@@ -36,6 +36,7 @@ def choice_question(suite: str, id: str, record: Record, text: str, options: Seq
     if not 2 <= len(options) <= len(LETTERS) or not 0 <= right < len(options):
         raise record.fail("options", list(options), f"2 to {len(LETTERS)} of them, the right one (index {right}) among them")
     lines = [text, "", *(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))]
+    messages = asked("\n".join(lines) + CHOOSE)
     wanted = LETTERS[right]
 
     def why_wrong(content: str) -> str | None:
@@ -43,7 +44,7 @@ def choice_question(suite: str, id: str, record: Record, text: str, options: Seq
         return None if found == wanted else f"chose {found}; right is {wanted}"
 
     gold = reply(f"Answer: {wanted}")
-    return Question(suite, id, asked("\n".join(lines) + CHOOSE), judged_text(why_wrong), gold, chance=1 / len(options))
+    return Question(suite, id, messages, judged_text(why_wrong), gold, chance=1 / len(options), published=text)
 
 
 def aime(record: Record) -> Question:
@@ -61,7 +62,8 @@ def aime(record: Record) -> Question:
         return None if integer(found) == wanted else f"the answer is {found[:60]}; right is {wanted}"
 
     id = record.take(("id", "ID", "unique_id"), str, record.place)
-    return Question("aime", id, asked(text + BOXED), judged_text(why_wrong), reply(f"\\boxed{{{wanted}}}"))
+    gold = reply(f"\\boxed{{{wanted}}}")
+    return Question("aime", id, asked(text + BOXED), judged_text(why_wrong), gold, published=text)
 
 
 def math_500(record: Record) -> Question:
@@ -75,8 +77,8 @@ def math_500(record: Record) -> Question:
         return None if equal(found, wanted) else f"the answer is {found[:60]}; right is {wanted[:60]}"
 
     id = record.take("unique_id", str, record.place)
-    text = record.take("problem", str) + BOXED
-    return Question("math_500", id, asked(text), judged_text(why_wrong), reply(f"\\boxed{{{wanted}}}"))
+    text, gold = record.take("problem", str), reply(f"\\boxed{{{wanted}}}")
+    return Question("math_500", id, asked(text + BOXED), judged_text(why_wrong), gold, published=text)
 
 
 def gpqa(record: Record) -> Question:

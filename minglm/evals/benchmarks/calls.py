@@ -48,14 +48,16 @@ def bfcl(record: Record) -> Question:
     tools = [{"type": "function", "function": _as_tool(function)} for function in functions]
     if category.endswith("irrelevance"):
         gold = [{"role": "assistant", "content": "None of these functions can do that."}]
-        return Question("bfcl", id, messages, judged_calls(lambda calls: "called a function" if calls else None), gold, tools)
+        return Question(
+            "bfcl", id, messages, judged_calls(lambda calls: "called a function" if calls else None), gold, tools=tools
+        )
     if category.endswith("_relevance"):
         known = [tool["function"]["name"] for tool in tools]
 
         def why_irrelevant(calls: Sequence[tuple[str, Any]]) -> str | None:
             return None if calls and all(name in known for name, _ in calls) else "called none of the functions"
 
-        return Question("bfcl", id, messages, judged_calls(why_irrelevant), [call_message(known[0], {})], tools)
+        return Question("bfcl", id, messages, judged_calls(why_irrelevant), [call_message(known[0], {})], tools=tools)
     wanted = record.take_json("ground_truth", list)
     if not wanted or not all(isinstance(one, dict) and len(one) == 1 for one in wanted):
         raise record.fail("ground_truth", wanted, "objects of one function each, with lists of values for its arguments")
@@ -79,7 +81,7 @@ def bfcl(record: Record) -> Question:
             rest.pop(reasons.index(None))
         return None
 
-    return Question("bfcl", id, messages, judged_calls(why_wrong), gold, tools)
+    return Question("bfcl", id, messages, judged_calls(why_wrong), gold, tools=tools)
 
 
 def _unscorable(place: str, category: str, needs: str) -> Judge:

@@ -199,6 +199,6 @@ def _question(
         gold += [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": result}]
     gold.append({"role": "assistant", "content": " ".join(["Done.", *outputs])})
     return Question(
-        "tau_bench", f"{shop.folder.name}-{number}", messages, judge, gold, shop.tools, TURNS,
-        lambda: Service(shop, instruction, customer, place), place=place,
+        "tau_bench", f"{shop.folder.name}-{number}", messages, judge, gold, tools=shop.tools, turns=TURNS,
+        world=lambda: Service(shop, instruction, customer, place), place=place, published=instruction,
     )  # fmt: skip

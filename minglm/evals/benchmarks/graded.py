@@ -62,7 +62,8 @@ def hle(record: Record, grader: Endpoint | None) -> Question | None:
             return None if found == wanted else f"chose {found}; right is {wanted}"
 
         judge = judged_text(why_wrong)
-    return Question("hle", record.take("id", str), asked(text + EXACT_FORM), judge, reply(f"Exact Answer: {wanted}"))
+    gold = reply(f"Exact Answer: {wanted}")
+    return Question("hle", record.take("id", str), asked(text + EXACT_FORM), judge, gold, published=text)
 
 
 def browsecomp(record: Record, grader: Endpoint | None) -> Question:
@@ -74,7 +75,8 @@ def browsecomp(record: Record, grader: Endpoint | None) -> Question:
     text, wanted = (decrypted(record, key, canary) for key in ("problem", "answer"))
     id = hashlib.sha256(text.encode()).hexdigest()[:12]
     judge = judged_by(grader, record.place, text, wanted)
-    return Question("browsecomp", id, asked(text + EXACT_FORM), judge, reply(f"Exact Answer: {wanted}"))
+    gold = reply(f"Exact Answer: {wanted}")
+    return Question("browsecomp", id, asked(text + EXACT_FORM), judge, gold, published=text)
 
 
 def keystream(password: str, length: int) -> bytes:

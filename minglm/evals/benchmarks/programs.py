@@ -6,6 +6,7 @@ interpreter's frames for that token would still pass. HumanEval's own harness ha
 """
 
 import base64
+import functools
 import io
 import json
 import pickle
@@ -81,7 +82,7 @@ def humaneval(record: Record) -> Question:
 
     text = f"Complete this Python function. Answer with the whole function in one block of code.\n\n```python\n{prompt}\n```"
     gold = reply(f"```python\n{prompt}{solution}\n```")
-    return Question("humaneval", record.take("task_id", str), asked(text), judged_text(why_wrong), gold)
+    return Question("humaneval", record.take("task_id", str), asked(text), judged_text(why_wrong), gold, published=prompt)
 
 
 # ---- LiveCodeBench
@@ -128,10 +129,12 @@ def live_code_bench(record: Record) -> Question:
         return _function_fails(code, name, tests) if functional else _program_fails(code, tests)
 
     form = f"Write the method in this class:\n\n```python\n{starter}\n```" if functional else "Read stdin and write stdout."
-    text = f"{record.take('question_content', str)}\n\n{form}\n\nAnswer with the whole Python program in one block of code."
+    content = record.take("question_content", str)
+    text = f"{content}\n\n{form}\n\nAnswer with the whole Python program in one block of code."
     gold = record.values.get("solution")  # not published; hand-written records have one
     gold = reply(f"```python\n{gold}\n```") if gold else ()
-    return Question("live_code_bench", record.take("question_id", str), asked(text), judged_text(why_wrong), gold)
+    id = record.take("question_id", str)
+    return Question("live_code_bench", id, asked(text), judged_text(why_wrong), gold, published=content)
 
 
 def _function_fails(code: str, name: str, tests: Sequence[dict[str, str]]) -> str | None:
@@ -214,7 +217,9 @@ def scicode(record: Record) -> Question:
             gold += [*(asked(texts[number]) if number else ()), *reply(f"```python\n{code}\n```")]
     judge = _step_judge(record.place, dependencies, tests, missing)
     id = record.take("problem_id", str)
-    return Question("scicode", id, asked(texts[0]), judge, gold, turns=len(steps), world=lambda: Steps(texts))
+    published = "\n".join(step.values["step_description_prompt"] for step in steps)
+    world = functools.partial(Steps, texts)
+    return Question("scicode", id, asked(texts[0]), judge, gold, turns=len(steps), world=world, published=published)
 
 
 def _missing(dependencies: str, tests: Sequence[str]) -> list[str]:

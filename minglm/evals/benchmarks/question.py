@@ -20,7 +20,8 @@ class Question:
     """One question of a benchmark or a family; where it is asked it stands beside `Problem`.
 
     suite: the benchmark or family. id: unique within it. judge: of a whole response; may raise Unscorable. gold: a right
-    response, where one is published. turns: of the assistant, at most. place: of the record.
+    response, where one is published; thought: one with thinking. turns: of the assistant, at most. place: of the record.
+    published: the record's own text, without our words around it, which is what may lie in training text.
     """
 
     suite: str
@@ -28,11 +29,13 @@ class Question:
     messages: Sequence[Message]
     judge: Judge
     gold: Sequence[Message] = ()
+    thought: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     turns: int = 1
     world: Callable[[], Episode] = SingleTurn
     chance: float | None = None
     place: str = ""
+    published: str = ""
 
     @property
     def text(self) -> str:
@@ -43,7 +46,7 @@ class Question:
         return self.world()
 
     def demonstrate(self, thinking: bool) -> Sequence[Message]:
-        return self.gold
+        return self.thought if thinking and self.thought else self.gold
 
     def verify(self, response: Sequence[Message]) -> Verdict:
         """Judge a response; one that says and calls nothing, or only repeats the question, is worth nothing in any exam."""

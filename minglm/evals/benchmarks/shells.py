@@ -211,7 +211,9 @@ def swe_bench(record: Record) -> Question:
     gold = [command_message(solution), {"role": "tool", "content": ""}, {"role": "assistant", "content": "Done."}]
     text = f"The working folder is a checkout of {record.values['repo']}. Change it so that this is resolved:\n\n{statement}"
     judge = _judge(fails, solution, needs)
-    return Question("swe_bench", id, asked(text), judge, gold, [TOOL], TURNS, lambda: Shell(checkout))
+    return Question(
+        "swe_bench", id, asked(text), judge, gold, tools=[TOOL], turns=TURNS, world=lambda: Shell(checkout), published=statement
+    )  # fmt: skip
 
 
 def _node(test: str) -> str:
@@ -256,7 +258,10 @@ def terminal_bench(folder: Path) -> Question:
     gold = [command_message(script), {"role": "tool", "content": ""}, {"role": "assistant", "content": "Done."}]
     judge = _judge(fails, script, needs)
     messages = asked(instruction.replace("/app", HOME))
-    return Question("terminal_bench", folder.name, messages, judge, gold, [TOOL], TURNS, lambda: Shell(files))
+    return Question(
+        "terminal_bench", folder.name, messages, judge, gold, tools=[TOOL], turns=TURNS, world=lambda: Shell(files),
+        published=instruction,
+    )  # fmt: skip
 
 
 def _instruction(folder: Path, second: bool) -> str:
