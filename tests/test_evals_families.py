@@ -9,7 +9,7 @@ from memorised import fresh, learn, tokenizer_of
 
 from minglm.chat import render_tokens
 from minglm.engine.engine import Engine
-from minglm.evals.attempts import BaseForm, ChatForm, attempt
+from minglm.evals.attempts import Attempt, BaseForm, ChatForm, EngineWriter, attempt
 from minglm.evals.families import by_group, exam, graded, judged, raised, rewards, shots_of
 from minglm.evals.measure import EvaluationError, scored, summed
 from minglm.evals.needle import DEPTHS, needle_grid, plot_grids, shortest_length
@@ -41,7 +41,8 @@ def solver():
 
 
 def tries(model, form, problems):
-    return attempt(Engine(model, TOKENIZER), form, problems, seed=0, about="test", progress=False)
+    writer = EngineWriter(Engine(model, TOKENIZER), form)
+    return attempt(writer, [Attempt(problem) for problem in problems], about="test", progress=False)
 
 
 @pytest.mark.parametrize("thinking", [False, True])

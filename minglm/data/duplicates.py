@@ -116,6 +116,18 @@ def overlap(documents: Sequence[Document]) -> tuple[set[int], set[int]]:
     return found
 
 
+def shared_with(texts: Sequence[str], others: Iterable[str]) -> set[int]:
+    """Which texts, by index, have 13 words in a row in common with one of the others; shorter ones have none."""
+    grams = [np.unique(_rolling(_numbers(_words(text)), OVERLAP, whole=True)) for text in texts]
+    wanted = _union(grams)
+    seen = [np.empty(0, np.uint64)]
+    for other in others:
+        own = _rolling(_numbers(_words(other)), OVERLAP, whole=True)
+        seen.append(own[_in(own, wanted)])
+    common = _union(seen)
+    return {index for index, own in enumerate(grams) if _in(own, common).any()}
+
+
 def _union(sets: Iterable[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate([np.empty(0, np.uint64), *sets]))
 

@@ -1,8 +1,10 @@
 """A model at work on problems: asked in one form or another, answered by the world, judged by the family's verifier."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -10,27 +12,34 @@ from minglm.chat import ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import Completion
+from minglm.evals.benchmarks.question import Question, Unscorable
+from minglm.evals.endpoint import Endpoint, Written
+from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import Message, Problem, Verdict
 from minglm.tasks.text import ANSWER, STOPS, THINKING, conversation_text, document, in_one_form, prompt_text, read_answer
 from minglm.tokenizer import Tokenizer
 
 FEWEST_NEW_TOKENS = 8  # with room for fewer a problem is left out: it could not be answered
 MORE_TURNS = 2  # than the demonstration needs
+AT_ONCE = 16  # questions to an endpoint
+OPENS_THINKING = "\n<think>"
+Asked = Problem | Question
 
 
 class Form(Protocol):
     """How a problem is put to a model, and how its turn is read."""
 
     tokenizer: Tokenizer
+    thinking: bool | None
     stops: tuple[str, ...]
 
-    def prompt(self, problem: Problem, response: Sequence[Message], room: int) -> list[int]:
+    def prompt(self, problem: Asked, response: Sequence[Message], room: int) -> list[int]:
         """The ids that the next turn of the assistant follows: at most `room`, if it can be put so."""
 
-    def turn(self, problem: Problem, message: Message) -> list[int]:
+    def turn(self, problem: Asked, message: Message) -> list[int]:
         """The ids of a turn, for its length."""
 
-    def read(self, problem: Problem, response: Sequence[Message], completion: Completion) -> Message:
+    def read(self, problem: Asked, response: Sequence[Message], completion: Completion) -> Message:
         """What the model wrote, as a message; never raises."""
 
 
@@ -57,17 +66,17 @@ class BaseForm:
         before = "".join(document(shot, self.thinking) for shot in self.shots[:shots])
         return before + prompt_text(problem) + conversation_text(response) + self.begun(problem, response)
 
-    def prompt(self, problem: Problem, response: Sequence[Message], room: int) -> list[int]:
+    def prompt(self, problem: Asked, response: Sequence[Message], room: int) -> list[int]:
         for shots in range(len(self.shots), 0, -1):
             ids = self.tokenizer.encode(self.text(problem, response, shots))
             if len(ids) <= room:
                 return ids
         return self.tokenizer.encode(self.text(problem, response, 0))
 
-    def turn(self, problem: Problem, message: Message) -> list[int]:
+    def turn(self, problem: Asked, message: Message) -> list[int]:
         return self.tokenizer.encode(conversation_text([message]) + "\n")
 
-    def read(self, problem: Problem, response: Sequence[Message], completion: Completion) -> Message:
+    def read(self, problem: Asked, response: Sequence[Message], completion: Completion) -> Message:
         found = read_answer(self.begun(problem, response) + completion.text)
         # One turn at a time: a second message would have been written without the world's answer to the first.
         return next((message for message in found if message["role"] == "assistant"), in_one_form({"role": "assistant"}))
@@ -75,24 +84,27 @@ class BaseForm:
 
 @dataclass(frozen=True)
 class ChatForm:
-    """The chat template, without examples. thinking: None and True leave it to the model, False forbids it."""
+    """The chat template, without examples. thinking: True opens it, as `serve` does; None leaves it to the model, which is the
+    automatic mode; False forbids it."""
 
     tokenizer: Tokenizer
-    thinking: bool
+    thinking: bool | None
     stops: tuple[str, ...] = ()
 
-    def prompt(self, problem: Problem, response: Sequence[Message], room: int) -> list[int]:
+    def prompt(self, problem: Asked, response: Sequence[Message], room: int) -> list[int]:
         conversation = [*problem.messages, *response]
-        return render_tokens(self.tokenizer, conversation, problem.tools or None, self.thinking, add_generation_prompt=True).ids
+        ids = render_tokens(self.tokenizer, conversation, problem.tools or None, self.thinking, add_generation_prompt=True).ids
+        return ids + (self.tokenizer.encode(OPENS_THINKING, allow_special=True) if self.thinking else [])
 
-    def turn(self, problem: Problem, message: Message) -> list[int]:
+    def turn(self, problem: Asked, message: Message) -> list[int]:
         before = self.prompt(problem, (), 0)
         whole = render_tokens(self.tokenizer, [*problem.messages, message], problem.tools or None, self.thinking).ids
         return whole[len(before) :]
 
-    def read(self, problem: Problem, response: Sequence[Message], completion: Completion) -> Message:
+    def read(self, problem: Asked, response: Sequence[Message], completion: Completion) -> Message:
+        text = OPENS_THINKING + completion.text if self.thinking else completion.text
         try:
-            return parse(completion.text, problem.tools or None)
+            return parse(text, problem.tools or None)
         except ChatError:  # a malformed call: the verifier sees what stands there
             return in_one_form({"role": "assistant", "content": completion.text})
 
@@ -101,60 +113,162 @@ class ChatForm:
 class Attempt:
     """One problem, what the model has answered so far (results of tools included), and the verdict at the end.
 
-    too_long: the problem did not fit the model's positions, so that nothing was asked.
+    seed: of what is drawn. too_long: the problem did not fit the model's positions, so that nothing was asked. tokens: that
+    the model wrote; cut: a turn of it ended at the limit. unjudged: why there is no verdict.
     """
 
-    problem: Problem
+    problem: Asked
+    seed: int = 0
     response: list[Message] = field(default_factory=list)
     verdict: Verdict | None = None
     too_long: bool = False
+    tokens: int = 0
+    cut: bool = False
+    unjudged: str = ""
 
 
-def attempt(engine: Engine, form: Form, problems: Sequence[Problem], seed: int, about: str, progress: bool) -> list[Attempt]:
-    """Have the model solve all problems side by side, by greedy decoding, turn by turn. -> attempts, in order."""
-    attempts = [Attempt(problem) for problem in problems]
-    episodes = [problem.start() for problem in problems]
-    demonstrations = [problem.demonstrate(thinking=form.thinking) for problem in problems]
-    limits = [_turn_limit(form, problem, shown) for problem, shown in zip(problems, demonstrations, strict=True)]
-    turns = [MORE_TURNS + sum(message["role"] == "assistant" for message in shown) for shown in demonstrations]
-    going = list(range(len(problems)))
-    with tqdm(total=len(problems), desc=about, unit="problem", disable=not progress, leave=False) as bar:
+class Writer(Protocol):
+    """Who writes the turns of the assistant."""
+
+    thinking: bool | None
+
+    def write(self, attempts: Sequence[Attempt]) -> Sequence[Written | None]:
+        """The next turn of each; None of those that leave no room for one."""
+
+
+@dataclass
+class EngineWriter:
+    """A model of ours. tokens: of a turn, at most; None: half as many again as the demonstration's longest turn has."""
+
+    engine: Engine
+    form: Form
+    temperature: float = 0.0
+    tokens: int | None = None
+
+    @property
+    def thinking(self) -> bool | None:
+        return self.form.thinking
+
+    def write(self, attempts: Sequence[Attempt]) -> list[Written | None]:
+        fitting = [self._fit(one) for one in attempts]
+        asked = [pair for pair in fitting if pair is not None]
+        completions = iter(self.engine.generate([prompt for prompt, _ in asked], [params for _, params in asked]))
+        return [
+            None if pair is None else self._read(one, next(completions)) for one, pair in zip(attempts, fitting, strict=True)
+        ]
+
+    def _read(self, one: Attempt, completion: Completion) -> Written:
+        message = self.form.read(one.problem, one.response, completion)
+        return Written(message, len(completion.ids), completion.finish_reason == "length")
+
+    def _limit(self, problem: Asked) -> int:
+        if self.tokens is not None:
+            return self.tokens
+        shown = problem.demonstrate(thinking=self.thinking is not False)
+        longest = max(len(self.form.turn(problem, message)) for message in shown if message["role"] == "assistant")
+        return longest + longest // 2 + FEWEST_NEW_TOKENS
+
+    def _fit(self, one: Attempt) -> tuple[list[int], SamplingParams] | None:
+        """The prompt and how it is to be answered, within the model's positions; None if they leave no room for an answer."""
+        positions, limit = self.engine.model.config.max_position_embeddings, self._limit(one.problem)
+        try:
+            prompt = self.form.prompt(one.problem, one.response, positions - limit)
+        except ChatError:  # what the model wrote before cannot be put into the template
+            return None
+        room = positions - len(prompt) + 1  # the last token is never fed
+        if room < FEWEST_NEW_TOKENS:
+            return None
+        most = min(limit, room)
+        return prompt, SamplingParams(temperature=self.temperature, max_tokens=most, stop=self.form.stops, seed=one.seed)
+
+
+@dataclass
+class EndpointWriter:
+    """A model behind an endpoint; `AT_ONCE` questions are under way."""
+
+    endpoint: Endpoint
+    thinking: bool | None
+    temperature: float
+    tokens: int
+
+    def write(self, attempts: Sequence[Attempt]) -> list[Written | None]:
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            return list(threads.map(self._turn, attempts))
+
+    def _turn(self, one: Attempt) -> Written:
+        messages = as_request([*one.problem.messages, *one.response])
+        arguments = (one.problem.tools, self.thinking, self.temperature, self.tokens, one.seed % 2**31)
+        written = self.endpoint.ask(messages, *arguments)
+        return written._replace(message=in_one_form(written.message))
+
+
+def as_request(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages as OpenAI's protocol has them: calls with identities and the JSON of their arguments, and no reasoning."""
+    found: list[Message] = []
+    open: list[str] = []
+    for message in messages:
+        one = {"role": message["role"], "content": message.get("content") or ""}
+        if message["role"] == "tool":
+            one["tool_call_id"] = open.pop(0) if open else "call"
+        elif calls := message.get("tool_calls"):
+            open = [f"call_{len(found)}_{number}" for number in range(len(calls))]
+            one["tool_calls"] = [
+                {"id": id, "type": "function", "function": {"name": call["function"]["name"], "arguments": _as_json(call)}}
+                for id, call in zip(open, calls, strict=True)
+            ]
+        found.append(one)
+    return found
+
+
+def _as_json(call: Mapping[str, Any]) -> str:
+    arguments = call["function"]["arguments"]
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+def attempt(
+    writer: Writer, attempts: Sequence[Attempt], about: str, progress: bool, done: Callable[[Attempt], None] = lambda one: None
+) -> list[Attempt]:
+    """Have the model solve all problems side by side, turn by turn. done: called with each attempt once it is judged.
+    -> the attempts, in order. Raises EndpointError where an endpoint gives no answer."""
+    episodes = [one.problem.start() for one in attempts]
+    turns = [turns_of(one.problem, writer.thinking) for one in attempts]
+    going = list(range(len(attempts)))
+    with tqdm(total=len(attempts), desc=about, unit="problem", disable=not progress, leave=False) as bar:
         while going:
-            asked, prompts, params = [], [], []
-            for i in going:
-                fitting = _fit(engine, form, attempts[i], limits[i], seed)
-                if fitting is None:
-                    attempts[i].too_long = not attempts[i].response  # later on, it ends with what it has
+            written = writer.write([attempts[i] for i in going])
+            for i, turn in zip(going, written, strict=True):
+                one = attempts[i]
+                if turn is None:
+                    one.too_long = not one.response  # later on, it ends with what it has
                     episodes[i].done = True
-                else:
-                    asked.append(i)
-                    prompts.append(fitting[0])
-                    params.append(fitting[1])
-            for i, completion in zip(asked, engine.generate(prompts, params), strict=True):
-                message = form.read(attempts[i].problem, attempts[i].response, completion)
-                attempts[i].response += [message, *episodes[i].step(message)]
+                    continue
+                one.tokens, one.cut = one.tokens + turn.tokens, one.cut or turn.cut
+                one.response.append(turn.message)
+                try:
+                    one.response += episodes[i].step(turn.message)
+                except (Unscorable, SandboxError) as error:
+                    one.unjudged, episodes[i].done = str(error), True
                 turns[i] -= 1
-            before, going = len(going), [i for i in asked if not episodes[i].done and turns[i]]
-            bar.update(before - len(going))
-    for one in attempts:
-        one.verdict = one.problem.verify(one.response)
-    return attempts
+            ended, going = going, [i for i in going if not episodes[i].done and turns[i]]
+            for i in ended:
+                if i not in going:
+                    _judge(attempts[i])
+                    done(attempts[i])
+                    bar.update()
+    return list(attempts)
 
 
-def _turn_limit(form: Form, problem: Problem, demonstration: Sequence[Message]) -> int:
-    """Half as many tokens again as the longest turn of the demonstration."""
-    longest = max(len(form.turn(problem, message)) for message in demonstration if message["role"] == "assistant")
-    return longest + longest // 2 + FEWEST_NEW_TOKENS
+def _judge(one: Attempt) -> None:
+    if not one.unjudged:
+        try:
+            one.verdict = one.problem.verify(one.response)
+        except (Unscorable, SandboxError) as error:
+            one.unjudged = str(error)
 
 
-def _fit(engine: Engine, form: Form, one: Attempt, limit: int, seed: int) -> tuple[list[int], SamplingParams] | None:
-    """The prompt and how it is to be answered, within the model's positions; None if they leave no room for an answer."""
-    positions = engine.model.config.max_position_embeddings
-    try:
-        prompt = form.prompt(one.problem, one.response, positions - limit)
-    except ChatError:  # what the model wrote before cannot be put into the template
-        return None
-    room = positions - len(prompt) + 1  # the last token is never fed
-    if room < FEWEST_NEW_TOKENS:
-        return None
-    return prompt, SamplingParams(temperature=0.0, max_tokens=min(limit, room), stop=form.stops, seed=seed)
+def turns_of(problem: Asked, thinking: bool | None) -> int:
+    """How many turns the assistant has, at most."""
+    if isinstance(problem, Question):
+        return problem.turns
+    shown = problem.demonstrate(thinking=thinking is not False)
+    return MORE_TURNS + sum(message["role"] == "assistant" for message in shown)

@@ -2,12 +2,14 @@
 
 python -m minglm eval runs/nano                      every stage of the run, a column each
 python -m minglm eval runs/a/checkpoints/step-600 my/model --suite needle
+
+With --benchmark, --endpoint, --self-test or --compare it is an exam in chat form: minglm/evals/exam_command.py.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -21,14 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Eval:
-    """Judge models on held-out documents and problems: a table with 95% intervals, a column for each model or stage."""
+    """Judge models on held-out documents and problems: a table with 95% intervals, a column for each model or stage.
 
-    models: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_OR_CHECKPOINT")]
+    With --benchmark or --endpoint: an exam in chat form, of our families or of published benchmarks, in several modes.
+    """
+
+    models: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN_OR_CHECKPOINT")] = ()
     """Run folders (each stage of the run is a column) and folders of models: ours or published, with their tokenizer."""
     suite: str = "base"
     """base, chat or all; or parts: bits, completion, fim, names, needle, likelihood, families, chat, joined by commas."""
-    limit: int = 16
-    """Problems of each family and mode; the other parts ask in proportion."""
+    limit: int | None = None
+    """Problems of each family and mode (16), to which the other parts ask in proportion; of a published benchmark (all)."""
     seed: int = 0
     """Which problems and documents."""
     levels: int = 2
@@ -38,17 +43,48 @@ class Eval:
     window: int | None = None
     """Tokens of a held-out document read at once (by default those of the run's first stage, or 512)."""
     data: Path | None = None
-    """A folder prepared by training, or own text, for held-out documents (by default the run's own)."""
+    """A folder prepared by training, or own text, for held-out documents (by default the run's own). With --benchmark: the
+    benchmark's file or folder, or a folder of several by their names."""
     out: Path | None = None
     """Where everything is written (by default eval-SUITE in the first one's run folder, or in runs/)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps; bf16 where a GPU has it, fp32 elsewhere."""
     again: bool = False
     """Judge anew what was judged before with the same options."""
+    benchmark: tuple[str, ...] = ()
+    """An exam: families, or published benchmarks, from files that you have (--data); nothing is downloaded."""
+    endpoint: str | None = None
+    """Ask a model behind this OpenAI-compatible URL (key: MINGLM_EVAL_KEY), which --model names, instead of a folder's."""
+    model: str | None = None
+    """With --endpoint: what it calls the model."""
+    modes: tuple[Literal["thinking", "non_thinking", "automatic"], ...] = ("thinking", "non_thinking", "automatic")
+    """Of an exam."""
+    samples: int = 1
+    """Answers to each question of an exam; several give pass@k and pass^k."""
+    temperature: float | None = None
+    """Of an exam (0, and 0.6 for several samples)."""
+    tokens: int | None = None
+    """Of a turn of an exam, at most (4096; of our families half as many again as their demonstrations have)."""
+    grader_url: str | None = None
+    """An endpoint with a model that judges free answers and plays customers (key: MINGLM_GRADER_KEY)."""
+    grader_name: str | None = None
+    """What it calls that model."""
+    training_data: Path | None = None
+    """Text, or a prepared folder, that questions of an exam are looked for in, 13 words in a row (by default the run's)."""
+    self_test: bool = False
+    """Ask no model: does every judge give right answers 1, and empty and copied ones 0?"""
+    compare: tuple[Path, Path] | None = None
+    """Two folders of exams: differences problem by problem, and the smallest that could be seen."""
 
 
 def run_eval(command: Eval) -> int:
-    """Judge every model, write results.json of each, a table and a picture. -> 0."""
+    """Judge every model, write results.json of each, a table and a picture; or sit an exam. -> 0; 1 if a self-test fails."""
+    if command.compare or command.self_test or command.benchmark or command.endpoint:
+        from minglm.evals import exam_command
+
+        if command.compare:
+            return exam_command.run_compare(command)
+        return exam_command.run_self_test(command) if command.self_test else exam_command.run_exam(command)
     from minglm.evals.measure import table
     from minglm.evals.needle import plot_grids
     from minglm.evals.suite import parts_of
@@ -61,7 +97,7 @@ def run_eval(command: Eval) -> int:
     results = {label: _judged(command, label, folder, run, out) for label, (folder, run) in columns.items()}
     text = table(results)
     (out / "table.md").write_text(text + "\n", encoding="utf-8")
-    made = [out / "table.md", *(out / f"{_file_name(label)}.json" for label in columns)]
+    made = [out / "table.md", *(out / f"{file_name(label)}.json" for label in columns)]
     grids = {label: one.details["needle"] for label, one in results.items() if "needle" in one.details}
     if grids:
         for what in ("chosen", "exact"):
@@ -114,7 +150,7 @@ def _judged(command: Eval, label: str, folder: Path, run: Path | None, out: Path
     from minglm.train.device import choose_device
     from minglm.train.recipe import Hardware
 
-    path = out / f"{_file_name(label)}.json"
+    path = out / f"{file_name(label)}.json"
     options = _options(command, folder, run)
     if path.is_file() and not command.again:
         known = Results.load(path)
@@ -130,7 +166,7 @@ def _judged(command: Eval, label: str, folder: Path, run: Path | None, out: Path
         tokenizer,
         dataset,
         command.suite,
-        command.limit,
+        options["limit"],
         command.seed,
         label=label,
         window=options["window"],
@@ -146,28 +182,32 @@ def _judged(command: Eval, label: str, folder: Path, run: Path | None, out: Path
 def _options(command: Eval, folder: Path, run: Path | None) -> dict[str, Any]:
     """Everything that decides the results."""
     from minglm.config import GLMConfig
-    from minglm.evals.suite import SHORTEST_WINDOW, WINDOW
+    from minglm.evals.suite import LIMIT, SHORTEST_WINDOW, WINDOW
 
     positions = GLMConfig.from_pretrained(folder).max_position_embeddings
     window = command.window or min(max(first_length(run) or WINDOW, SHORTEST_WINDOW), positions)
-    weights = list(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(
-            f"eval: found no *.safetensors in {folder}; wanted a Hugging Face folder, which python -m scale.export makes of "
-            "the sharded checkpoint of many ranks"
-        )
-    written = max(file.stat().st_mtime_ns for file in weights)
     return {
         "model": str(folder.resolve()),
-        "weights_written": written,
+        "weights_written": weights_written(folder),
         "suite": command.suite,
-        "limit": command.limit,
+        "limit": LIMIT if command.limit is None else command.limit,
         "seed": command.seed,
         "levels": command.levels,
         "families": list(command.families),
         "window": window,
         "data": str(command.data) if command.data else None,
     }
+
+
+def weights_written(folder: Path) -> int:
+    """When a model's newest weights were, in ns. Raises `ConfigError` for a folder without."""
+    weights = list(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(
+            f"eval: found no *.safetensors in {folder}; wanted a Hugging Face folder, which python -m scale.export makes of "
+            "the sharded checkpoint of many ranks"
+        )
+    return max(file.stat().st_mtime_ns for file in weights)
 
 
 def first_length(run: Path | None) -> int | None:
@@ -188,19 +228,19 @@ def find_dataset(data: Path | None, run: Path | None, tokenizer: "Tokenizer", ou
 
     if data is not None and not (data / MANIFEST).is_file() and not (data / "tokens" / MANIFEST).is_file():
         return prepare(documents_from_path(data), tokenizer, out / f"data-{tokenizer.fingerprint[:12]}")
-    folder = data or _data_of(run)
+    folder = data or data_of(run)
     if folder is None:
         print("no held-out documents: the model belongs to no run; --data names a prepared folder or own text")
         return None
     return open_dataset(folder if (folder / MANIFEST).is_file() else folder / "tokens", tokenizer)
 
 
-def _data_of(run: Path | None) -> Path | None:
+def data_of(run: Path | None) -> Path | None:
     from minglm.train.run_folder import RunFolder
 
     recipe = RunFolder(run).training_recipe() if run else None
     return (recipe.data.folder or run / "data") if recipe else None
 
 
-def _file_name(label: str) -> str:
+def file_name(label: str) -> str:
     return "".join(character if character.isalnum() or character in "-_." else "-" for character in label)

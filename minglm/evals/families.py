@@ -5,6 +5,7 @@ thinking. A model of a few million parameters may solve nothing at all, so grade
 per token of the right answer, and how often it is likelier than near misses.
 """
 
+import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from minglm.engine.engine import Engine
-from minglm.evals.attempts import Attempt, BaseForm, ChatForm, Form, attempt
+from minglm.evals.attempts import MORE_TURNS, Attempt, BaseForm, ChatForm, EngineWriter, Form, attempt
+from minglm.evals.benchmarks.question import Question
 from minglm.evals.measure import Measure, scored, summed
 from minglm.evals.scoring import Passage, Scored, Scorer, split_at_choice
 from minglm.tasks import FAMILIES, GROUPS
@@ -73,7 +75,26 @@ def rewards(
         if not judgeable(asked[0]):
             continue
         for quantity, form in forms(suite, engine.tokenizer, FAMILIES[name], seed, levels):
-            yield judged(name, f"reward, {quantity}", attempt(engine, form, asked, seed, f"{name}: {quantity}", progress))
+            attempts = [Attempt(problem, seed) for problem in asked]
+            yield judged(
+                name, f"reward, {quantity}", attempt(EngineWriter(engine, form), attempts, f"{name}: {quantity}", progress)
+            )
+
+
+def question_of(problem: Problem) -> Question:
+    """A problem as a question of an exam."""
+    gold, thought = problem.demonstrate(thinking=False), problem.demonstrate(thinking=True)
+    turns = MORE_TURNS + sum(message["role"] == "assistant" for message in thought)
+    id = hashlib.sha256(problem.key.encode()).hexdigest()[:16]
+    return Question(
+        problem.family, id, problem.messages, problem.verify, gold, thought, problem.tools, turns, problem.start, problem.chance
+    )
+
+
+def questions(limit: int, seed: int, levels: int, families: Sequence[str]) -> list[Question]:
+    """The exams of families as questions. Families that cannot be judged on this machine are left out with a printed line."""
+    exams = [exam(FAMILIES[name], limit, seed, levels) for name in families]
+    return [question_of(problem) for asked in exams if judgeable(asked[0]) for problem in asked]
 
 
 def judgeable(problem: Problem) -> bool:
@@ -96,11 +117,11 @@ def _say_left_out(family: str, error: SandboxError) -> None:
 
 
 def judged(name: str, quantity: str, attempts: Sequence[Attempt]) -> Measure:
-    """The mean reward; what the model could not be asked is counted beside it, or as 0 if it could be asked nothing."""
-    asked = [one for one in attempts if not one.too_long] or attempts
+    """The mean reward; what the model could not be asked, or nobody could judge, is counted beside it; as 0 if that is all."""
+    asked = [one for one in attempts if not one.too_long and one.verdict] or attempts
     chance = sum(one.problem.chance for one in asked) / len(asked)
-    scores = [one.verdict.reward for one in asked]
-    return scored("families", name, quantity, scores, chance, left_out=sum(one.too_long for one in attempts))
+    scores = [one.verdict.reward if one.verdict else 0.0 for one in asked]
+    return scored("families", name, quantity, scores, chance, left_out=sum(one.too_long or not one.verdict for one in attempts))
 
 
 def graded(

@@ -1,0 +1,110 @@
+"""Questions with one short answer: mathematics, letters of choices, exact texts. The forms in which they are asked, how the
+answer is found in what a model writes, and how it is judged."""
+
+import random
+import re
+from collections.abc import Sequence
+
+from minglm.evals.benchmarks.mathematics import boxed, equal, integer
+from minglm.evals.benchmarks.question import Question, asked, judged_text
+from minglm.evals.benchmarks.records import Record
+from minglm.tasks.task import reply
+
+LETTERS = "ABCDEFGHIJ"
+BOXED = "\n\nReason step by step, and put the final answer into \\boxed{}."
+CHOOSE = '\n\nEnd with a line of the form "Answer: LETTER", with the letter of the one right choice.'
+LETTER = re.compile(r"answer(?: is|:)?[\s:*]*(?:\\boxed\{|\\text\{|\(|\$)*([A-J])\b", re.IGNORECASE)
+BARE_LETTER = re.compile(r"\(?([A-J])[).]?")
+EXACT = re.compile(r"^\W*Exact Answer\W*:\**[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+
+
+def chosen_letter(content: str) -> str | None:
+    """The last letter that the answer names as its choice; None if there is none."""
+    bare = BARE_LETTER.fullmatch((boxed(content) or content).strip())
+    found = [bare.group(1)] if bare else [letter for letter in LETTER.findall(content) if letter.isupper()]
+    return found[-1] if found else None
+
+
+def exact_answer(content: str) -> str | None:
+    """What stands behind the last "Exact Answer:"; None if there is none."""
+    found = EXACT.findall(content)
+    return found[-1].strip().strip("*").strip() if found else None
+
+
+def choice_question(suite: str, id: str, record: Record, text: str, options: Sequence[str], right: int) -> Question:
+    """A question with lettered options. right: the index of the right one. Raises RecordError for an index beyond them."""
+    if not 2 <= len(options) <= len(LETTERS) or not 0 <= right < len(options):
+        raise record.fail("options", list(options), f"2 to {len(LETTERS)} of them, the right one (index {right}) among them")
+    lines = [text, "", *(f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False))]
+    messages = asked("\n".join(lines) + CHOOSE)
+    wanted = LETTERS[right]
+
+    def why_wrong(content: str) -> str | None:
+        found = chosen_letter(content)
+        return None if found == wanted else f"chose {found}; right is {wanted}"
+
+    gold = reply(f"Answer: {wanted}")
+    return Question(suite, id, messages, judged_text(why_wrong), gold, chance=1 / len(options), published=text)
+
+
+def aime(record: Record) -> Question:
+    """Exact integers from 0 to 999."""
+    text = record.take(("problem", "Problem", "question"), str)
+    answer = record.take(("answer", "Answer"), str)
+    wanted = integer(answer)
+    if wanted is None or not 0 <= wanted <= 999:
+        raise record.fail("answer", answer, "a whole number from 0 to 999")
+
+    def why_wrong(content: str) -> str | None:
+        found = boxed(content)
+        if found is None:
+            return "no \\boxed{} answer"
+        return None if integer(found) == wanted else f"the answer is {found[:60]}; right is {wanted}"
+
+    id = record.take(("id", "ID", "unique_id"), str, record.place)
+    gold = reply(f"\\boxed{{{wanted}}}")
+    return Question("aime", id, asked(text + BOXED), judged_text(why_wrong), gold, published=text)
+
+
+def math_500(record: Record) -> Question:
+    """Answers in LaTeX, equal as text or as value."""
+    wanted = record.take("answer", str)
+
+    def why_wrong(content: str) -> str | None:
+        found = boxed(content)
+        if found is None:
+            return "no \\boxed{} answer"
+        return None if equal(found, wanted) else f"the answer is {found[:60]}; right is {wanted[:60]}"
+
+    id = record.take("unique_id", str, record.place)
+    text, gold = record.take("problem", str), reply(f"\\boxed{{{wanted}}}")
+    return Question("math_500", id, asked(text + BOXED), judged_text(why_wrong), gold, published=text)
+
+
+def gpqa(record: Record) -> Question:
+    """Four choices, in an order that the question itself decides."""
+    text = record.take("Question", str)
+    right = record.take("Correct Answer", str)
+    options = [right, *(record.take(f"Incorrect Answer {number}", str) for number in (1, 2, 3))]
+    order = random.Random(text).sample(range(4), 4)
+    id = record.take("Record ID", str, record.place)
+    return choice_question("gpqa", id, record, text, [options[place].strip() for place in order], order.index(0))
+
+
+def mmlu_pro(record: Record) -> Question:
+    """Up to ten choices; the answer as a letter and as an index, which must agree."""
+    options = [option for option in record.take_texts("options", 2) if option != "N/A"]
+    answer = record.take("answer", str)
+    right = record.take("answer_index", int, LETTERS.find(answer))
+    if right < 0 or LETTERS[right : right + 1] != answer:
+        raise record.fail("answer", answer, f"the letter of answer_index {right}")
+    id = str(record.take(("question_id",), int))
+    return choice_question("mmlu_pro", id, record, record.take("question", str), options, right)
+
+
+def safety_bench(record: Record) -> Question:
+    """Two to four choices. The answers of the test split lie in a file of their own, by id, which the loader joins."""
+    options = record.take_texts("options", 2)
+    right = record.take("answer", int)
+    id = f"{record.take('category', str)} {record.take('id', int)}"
+    return choice_question("safety_bench", id, record, record.take("question", str), options, right)

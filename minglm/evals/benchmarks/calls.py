@@ -1,0 +1,210 @@
+"""BFCL v3, the Berkeley function-calling leaderboard: are these the right calls, with arguments that may be had?
+
+The judgement is by syntax (AST): names, types of the schema, and for each argument a list of values that count, in which ""
+says that it may be left out. Strings are compared without case, blanks and `,./-_*^`; parallel calls in any order.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from minglm.evals.benchmarks.question import RIGHT, Judge, Question, Unscorable
+from minglm.evals.benchmarks.records import Record
+from minglm.tasks.task import Message, Verdict
+
+SCHEMA_TYPES = {"dict": "object", "float": "number", "tuple": "array", "any": "string"}
+PYTHON_TYPES = {
+    "string": str, "integer": int, "float": float, "number": float, "boolean": bool, "array": list, "tuple": list,
+    "dict": dict, "object": dict, "any": str,
+}  # fmt: skip
+NEEDS = {
+    "multi_turn": "the simulated programs of bfcl_eval, whose states are compared after each turn",
+    "java": "values in the syntax of Java",
+    "javascript": "values in the syntax of JavaScript",
+    "exec": "the functions themselves, some of which ask services on the network",
+    "rest": "services on the network",
+    "memory": "the memory stores of BFCL v4",
+    "web_search": "a search engine",
+    "sql": "a database, and is no longer part of the benchmark",
+    "chatable": "people, and is no longer part of the benchmark",
+}
+
+
+def bfcl(record: Record) -> Question:
+    """A question of one turn; ground_truth is joined to it by the loader from possible_answer/, but irrelevance has none."""
+    id = record.take("id", str)
+    category = re.sub(r"_\d.*$", "", id)
+    turns = record.take_json("question", list)
+    if not turns or not all(isinstance(turn, list) and turn for turn in turns):
+        raise record.fail("question", turns, "a list of turns, each a list of messages")
+    functions = record.take_json("function", list, [])
+    messages = turns[0]
+    needs = next((needs for part, needs in NEEDS.items() if category.removeprefix("live_").startswith(part)), None)
+    if needs:
+        return Question("bfcl", id, messages, _unscorable(record.place, category, needs), place=record.place)
+    if not functions or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions):
+        raise record.fail("function", functions, "descriptions of functions, each with a name")
+    tools = [{"type": "function", "function": _as_tool(function)} for function in functions]
+    if category.endswith("irrelevance"):
+        gold = [{"role": "assistant", "content": "None of these functions can do that."}]
+        return Question(
+            "bfcl", id, messages, judged_calls(lambda calls: "called a function" if calls else None), gold, tools=tools
+        )
+    if category.endswith("_relevance"):
+        known = [tool["function"]["name"] for tool in tools]
+
+        def why_irrelevant(calls: Sequence[tuple[str, Any]]) -> str | None:
+            return None if calls and all(name in known for name, _ in calls) else "called none of the functions"
+
+        return Question("bfcl", id, messages, judged_calls(why_irrelevant), [call_message(known[0], {})], tools=tools)
+    wanted = record.take_json("ground_truth", list)
+    if not wanted or not all(isinstance(one, dict) and len(one) == 1 for one in wanted):
+        raise record.fail("ground_truth", wanted, "objects of one function each, with lists of values for its arguments")
+    described = {function["name"]: function for function in functions}
+    pairs = [next(iter(one.items())) for one in wanted]
+    for name, arguments in pairs:
+        lists = isinstance(arguments, dict) and all(isinstance(values, list) for values in arguments.values())
+        if name not in described or not lists:
+            raise record.fail("ground_truth", {name: arguments}, f"one of {sorted(described)} with lists of values")
+    gold_calls = [(name, {key: _first(v) for key, v in own.items() if v and v[0] != ""}) for name, own in pairs]
+    gold = [{"role": "assistant", "content": "", "tool_calls": [_call(name, own) for name, own in gold_calls]}]
+
+    def why_wrong(calls: Sequence[tuple[str, Any]]) -> str | None:
+        if len(calls) != len(pairs):
+            return f"{len(calls)} calls; wanted {len(pairs)}"
+        rest = list(calls)
+        for name, arguments in pairs:
+            reasons = [why_not_this_call(call, described[name], arguments) for call in rest]
+            if None not in reasons:
+                return f"no call fits {name}: {reasons[0]}"
+            rest.pop(reasons.index(None))
+        return None
+
+    return Question("bfcl", id, messages, judged_calls(why_wrong), gold, tools=tools)
+
+
+def _unscorable(place: str, category: str, needs: str) -> Judge:
+    def judge(response: Sequence[Message]) -> Verdict:
+        raise Unscorable(f"{place}: to judge BFCL's category {category} one needs {needs}; leave it out, or use bfcl_eval")
+
+    return judge
+
+
+def safe_name(name: str) -> str:
+    """OpenAI's protocol has no dots in names."""
+    return re.sub(r"[^\w-]", "_", name)
+
+
+def _as_tool(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {**_as_schema(function), "name": safe_name(function["name"])}
+
+
+def _as_schema(value: Any) -> Any:
+    """With JSON schema's names of types in place of Python's."""
+    if isinstance(value, list):
+        return [_as_schema(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found = {key: _as_schema(one) for key, one in value.items()}
+    if isinstance(found.get("type"), str):
+        found["type"] = SCHEMA_TYPES.get(found["type"], found["type"])
+    return found
+
+
+def _call(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": safe_name(name), "arguments": dict(arguments)}}
+
+
+def call_message(name: str, arguments: Mapping[str, Any]) -> Message:
+    return {"role": "assistant", "content": "", "tool_calls": [_call(name, arguments)]}
+
+
+def _first(values: Sequence[Any]) -> Any:
+    """The value that the first of the possible ones describes: in objects each key again has a list of them."""
+    return _plain(values[0])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(own[0]) for key, own in value.items() if isinstance(own, list) and own and own[0] != ""}
+    return [_plain(one) for one in value] if isinstance(value, list) else value
+
+
+def calls_of(message: Message) -> list[tuple[str, Any]]:
+    """Name and arguments of each call; arguments that are no JSON object as they are."""
+    found = []
+    for call in message.get("tool_calls") or ():
+        function = call.get("function") or {}
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except ValueError:
+                pass  # the text itself fits no schema, and so the call is wrong
+        found.append((str(function.get("name")), arguments))
+    return found
+
+
+def judged_calls(why_wrong: Callable[[Sequence[tuple[str, Any]]], str | None]) -> Judge:
+    """A judge of the calls in the first message."""
+
+    def judge(response: Sequence[Message]) -> Verdict:
+        first = next((message for message in response if message.get("role") == "assistant"), {})
+        reason = why_wrong(calls_of(first))
+        return RIGHT if reason is None else Verdict(0.0, (reason,))
+
+    return judge
+
+
+def why_not_this_call(call: tuple[str, Any], function: Mapping[str, Any], wanted: Mapping[str, Any]) -> str | None:
+    name, arguments = call
+    parameters = function.get("parameters") or {}
+    properties = parameters.get("properties") or {}
+    if name != safe_name(function["name"]):
+        return f"calls {name}"
+    if not isinstance(arguments, dict):
+        return f"arguments {arguments!r:.60} are no object"
+    for key in parameters.get("required") or ():
+        if key not in arguments:
+            return f"{key} is missing"
+    for key, value in arguments.items():
+        if key not in properties or key not in wanted:
+            return f"{key} is not wanted"
+        if not _has_type(value, properties[key].get("type", "any"), wanted[key]):
+            return f"{key} = {value!r:.60} is of another type than {properties[key].get('type')}"
+        if not any(same(value, option) for option in wanted[key]):
+            return f"{key} = {value!r:.60} is another value"
+    missing = [key for key, options in wanted.items() if key not in arguments and "" not in options]
+    return f"{missing[0]} is missing" if missing else None
+
+
+def _has_type(value: Any, kind: str, options: Sequence[Any]) -> bool:
+    """Of the schema's type (whole numbers are floats, too), or of the right values': where these name a variable."""
+    expected = PYTHON_TYPES.get(kind, str)
+    if type(value) is expected or (expected is float and type(value) is int):
+        return True
+    return any(option != "" and type(value) is type(option) for option in options)
+
+
+def same(value: Any, option: Any) -> bool:
+    """Whether a value is that of the option. In an object of the options each key has a list of values."""
+    if isinstance(value, str) and isinstance(option, str):
+        return _bare(value) == _bare(option)
+    if isinstance(value, dict) and isinstance(option, dict):
+        if any(key not in option or not any(same(one, own) for own in _options(option[key])) for key, one in value.items()):
+            return False
+        return all(key in value or "" in _options(own) for key, own in option.items())
+    if isinstance(value, list) and isinstance(option, list):
+        return len(value) == len(option) and all(map(same, value, option))
+    if isinstance(value, bool) or isinstance(option, bool):
+        return value is option
+    return value == option
+
+
+def _options(values: Any) -> list[Any]:
+    return values if isinstance(values, list) else [values]
+
+
+def _bare(text: str) -> str:
+    return re.sub(r"[ ,./\-_*^]", "", text).lower().replace("'", '"')

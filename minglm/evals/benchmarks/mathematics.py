@@ -1,0 +1,244 @@
+r"""Answers of mathematics: what stands in the last \boxed{...}, and when two of them are equal.
+
+Two answers are equal if they are the same text once notation is made one, or the same value: both are read by a small parser
+(fractions, roots, powers, constants, functions, variables; intervals, tuples and sets by parts) and computed in floating
+point at fixed random values of their variables. That settles identities such as 2(x+1) and 2x+2 without symbolic algebra,
+which model text could keep busy for ever; a wrong answer that agrees at all points within 1e-9 is none that anybody writes.
+"""
+
+import cmath
+import math
+import random
+import re
+
+POINTS = 3  # values of the variables at which two expressions are compared
+LONGEST = 400  # characters
+MOST_PARTS = 32  # of a set or list
+UNITS = r"\\(?:text|mbox|mathrm|textbf)\{ *(?:[a-zA-Z]+(?: [a-zA-Z^0-9]+)*\.?) *\}"
+DROPPED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\$", "$", "\\%", "%", "^\\circ", "^{\\circ}", "\\displaystyle")
+ALIKE = {"tfrac": "frac", "dfrac": "frac", "cfrac": "frac", "times": "cdot", "leq": "le", "geq": "ge", "neq": "ne"}
+CONSTANTS = {"pi": math.pi, "infty": math.inf, "e": math.e, "i": 1j}
+FUNCTIONS = {
+    "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "ln": cmath.log, "exp": cmath.exp, "log": cmath.log,
+    "arctan": cmath.atan, "arcsin": cmath.asin, "arccos": cmath.acos, "sinh": cmath.sinh, "cosh": cmath.cosh,
+}  # fmt: skip
+TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]|.)")
+
+
+class _Unreadable(ValueError):
+    """Not an expression of this grammar."""
+
+
+def boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{...} or \fbox{...}, braces matched; None if there is none that is closed."""
+    found = None
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
+        depth = 1
+        for end in range(match.end(), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[end], 0)
+            if depth == 0:
+                found = text[match.end() : end]
+                break
+    return found
+
+
+def integer(text: str) -> int | None:
+    """A whole number as people write it: 025, 1,000, 7.0; None for anything else."""
+    plain = re.sub(r"(?<=\d)(?:,|\{,\}|\\,|\\!| )(?=\d{3}\b)", "", normal(text))
+    match = re.fullmatch(r"([+-]?\d{1,100})(?:\.0*)?", plain)
+    return int(match.group(1)) if match else None
+
+
+def normal(answer: str) -> str:
+    """The answer in one notation: no spacing, no units, no `x =`, one kind of fraction."""
+    text = answer.strip().removesuffix(".").strip()
+    text = re.sub(rf"(?<=[\d}}]) *{UNITS}(?:\^\d|\^\{{\d\}})?$", "", text)  # 5\text{ cm}^2, but not \text{east}
+    for dropped in DROPPED:
+        text = text.replace(dropped, "")
+    text = re.sub(r"(?<!\\)\\ ", "", text)
+    text = re.sub(r"_(\d)", r"_{\1}", text)  # one digit belongs to it
+    text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\([a-zA-Z]+)", lambda match: "\\" + ALIKE.get(match.group(1), match.group(1)), text)
+    text = re.sub(r"^[a-zA-Z](?:\([a-zA-Z]\))?\s*(?:=|\\in)\s*(?=.)", "", text)
+    text = re.sub(r"\\(frac|sqrt)\s*(\d)\s*(\d)?", lambda m: f"\\{m[1]}{{{m[2]}}}" + (f"{{{m[3]}}}" if m[3] else ""), text)
+    return re.sub(r"\s+", "", text)
+
+
+def equal(found: str, wanted: str) -> bool:
+    """Whether two answers say the same. Never raises, whatever they hold."""
+    a, b = normal(found), normal(wanted)
+    if a == b or a.lower() == b.lower() and not re.search(r"\\|\d", a):  # words: \text{Evelyn}
+        return bool(a)
+    if max(len(a), len(b)) > LONGEST or not a or not b:
+        return False
+    a, b = (re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", one) if not re.search(r"^[\[({\\]", one) else one for one in (a, b))
+    left, right = _parts(a), _parts(b)
+    if len(left[1]) != len(right[1]) or left[0] != right[0] or len(left[1]) > MOST_PARTS:
+        return False
+    if len(left[1]) > 1:
+        pairs = [left[1], right[1]]
+        if left[0] in ("{}", ""):  # a set, or a list without an order
+            return _same_set(*pairs)
+        return all(equal(x, y) for x, y in zip(*pairs, strict=True))
+    return _same_value(a, b)
+
+
+def _same_set(left: list[str], right: list[str]) -> bool:
+    rest = list(right)
+    for one in left:
+        match = next((other for other in rest if equal(one, other)), None)
+        if match is None:
+            return False
+        rest.remove(match)
+    return not rest
+
+
+def _parts(text: str) -> tuple[str, list[str]]:
+    """The brackets around a list of parts, and the parts between commas outside of brackets; ("", [text]) for one value."""
+    text = text.replace("\\{", "{").replace("\\}", "}").replace("\\cup", ",∪,")
+    brackets, inner = "", text
+    if len(text) > 1 and text[0] in "([{" and text[-1] in ")]}" and _closes_at_the_end(text):
+        brackets, inner = text[0] + text[-1], text[1:-1]
+    parts, depth, start = [], 0, 0
+    for place, character in enumerate(inner):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append(inner[start:place])
+            start = place + 1
+    parts.append(inner[start:])
+    return (brackets, parts) if len(parts) > 1 else ("", [text])
+
+
+def _closes_at_the_end(text: str) -> bool:
+    depth = 0
+    for place, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0:
+            return place == len(text) - 1
+    return False
+
+
+def _same_value(a: str, b: str) -> bool:
+    for relation in ("\\le", "\\ge", "<", ">", "="):
+        if relation in a or relation in b:
+            left, right = a.split(relation), b.split(relation)
+            return len(left) == len(right) > 1 and all(equal(x, y) for x, y in zip(left, right, strict=True))
+    try:
+        for point in range(POINTS):
+            x, y = _Value(a, point).read(), _Value(b, point).read()
+            if cmath.isinf(x) or cmath.isinf(y):
+                return x == y
+            if not cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9):
+                return False
+    except (ValueError, OverflowError, ZeroDivisionError, RecursionError):  # _Unreadable is a ValueError
+        return False
+    return True
+
+
+class _Value:
+    """Recursive descent over one expression, computed at a point: sum, product (also by juxtaposition), power, atom."""
+
+    def __init__(self, text: str, point: int):
+        self.tokens = TOKEN.findall(text.replace("**", "^"))
+        self.place, self.point = 0, point
+
+    def read(self) -> complex:
+        value = self._sum()
+        if self.place != len(self.tokens):
+            raise _Unreadable
+        return complex(value)
+
+    @property
+    def _next(self) -> str:
+        return self.tokens[self.place] if self.place < len(self.tokens) else ""
+
+    def _take(self, wanted: str | None = None) -> str:
+        token = self._next
+        if not token or (wanted is not None and token != wanted):
+            raise _Unreadable
+        self.place += 1
+        return token
+
+    def _sum(self) -> complex:
+        value = self._product()
+        while self._next in ("+", "-"):
+            value = value + self._product() if self._take() == "+" else value - self._product()
+        return value
+
+    def _product(self) -> complex:
+        if self._next in ("+", "-"):
+            return -self._product() if self._take() == "-" else self._product()
+        value = self._power()
+        while self._next and self._next not in "+-)]},|=":
+            if self._next in ("*", "\\cdot"):
+                self._take()
+                value *= self._signed()
+            elif self._next in ("/", "\\div"):
+                self._take()
+                value /= self._signed()
+            else:
+                value = self._mixed(value)
+        return value
+
+    def _signed(self) -> complex:
+        if self._next in ("+", "-"):
+            return -self._signed() if self._take() == "-" else self._signed()
+        return self._power()
+
+    def _mixed(self, value: complex) -> complex:
+        """Juxtaposition: a product, but 1\\frac{1}{2} is a mixed number."""
+        whole = self.tokens[self.place - 1].isdigit() and self._next == "\\frac"
+        following = self._power()
+        return value + following if whole else value * following
+
+    def _power(self) -> complex:
+        base = self._atom()
+        while self._next == "!":
+            self._take()
+            if base != int(base.real) or not 0 <= base.real <= 100:
+                raise _Unreadable
+            base = complex(math.factorial(int(base.real)))
+        if self._next == "^":
+            self._take()
+            exponent = self._group() if self._next == "{" else self._signed()
+            return complex(base) ** exponent
+        return base
+
+    def _group(self) -> complex:
+        opening = self._take()
+        value = self._sum()
+        self._take({"{": "}", "(": ")", "[": "]", "|": "|"}[opening])
+        return abs(value) if opening == "|" else value
+
+    def _argument(self) -> complex:
+        return self._group() if self._next in ("{", "(") else self._power()
+
+    def _atom(self) -> complex:
+        if self._next in ("{", "(", "[", "|"):
+            return self._group()
+        token = self._take()
+        if token[0].isdigit() or token[0] == "." and len(token) > 1:
+            return complex(float(token))
+        name = token.removeprefix("\\")
+        if token == "\\frac":
+            top = self._argument()
+            return top / self._argument()
+        if token == "\\sqrt":
+            degree = 2 + 0j
+            if self._next == "[":
+                degree = self._group()
+            return complex(self._argument()) ** (1 / degree)
+        if token == "\\binom":
+            n, k = self._argument(), self._argument()
+            return complex(math.comb(int(n.real), int(k.real)))
+        if token.startswith("\\") and name in FUNCTIONS:
+            if name == "log" and self._next == "_":
+                self._take()
+                base = self._argument()
+                return cmath.log(self._argument()) / cmath.log(base)
+            return FUNCTIONS[name](self._argument())
+        if name in CONSTANTS:
+            return complex(CONSTANTS[name])
+        if name.isalpha() and (token.startswith("\\") or len(name) == 1):
+            return complex(random.Random(f"{name} {self.point}").uniform(0.3, 1.7))
+        raise _Unreadable

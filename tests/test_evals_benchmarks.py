@@ -1,0 +1,449 @@
+"""Published benchmarks on hand-written records: read as published, right answers pass, wrong ones do not, bad records are
+refused with their place."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from published import AIME, BFCL, GPQA, HUMANEVAL, IFEVAL, MMLU_PRO, SWE, TERMINAL, write_published
+from pyarrow import parquet
+
+from minglm.evals.benchmarks.calls import call_message, same
+from minglm.evals.benchmarks.graded import encrypted, keystream
+from minglm.evals.benchmarks.instructions import KINDS
+from minglm.evals.benchmarks.mathematics import boxed, equal, integer
+from minglm.evals.benchmarks.programs import same_output
+from minglm.evals.benchmarks.question import Question, Unscorable, asked
+from minglm.evals.benchmarks.records import Record, RecordError, records
+from minglm.evals.benchmarks.registry import BENCHMARKS, load
+from minglm.evals.benchmarks.shells import command_message
+from minglm.evals.endpoint import Endpoint, Written
+from minglm.evals.measure import EvaluationError
+from minglm.evals.self_test import self_test
+from minglm.tasks.task import Verdict, reply
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Path:
+    return write_published(tmp_path_factory.mktemp("published"))
+
+
+def questions(published: Path, name: str, grader=None) -> dict[str, Question]:
+    path = next(path for path in published.iterdir() if path.stem == name)
+    return {question.id: question for question in load(name, path, grader)}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_gold_scores_one_and_empty_and_copied_answers_score_nothing(published, name):
+    checks = list(self_test(questions(published, name).values()))
+    assert not [check for check in checks if check.fails]
+    assert sum(check.answer == "gold" and check.reward == 1 for check in checks) >= 1
+    assert sum(check.answer != "gold" and check.reward == 0 for check in checks) >= 4
+
+
+@pytest.mark.parametrize("name", [name for name in BENCHMARKS if name != "ifeval"])  # whose constraints a quotation may keep
+def test_a_quoted_question_is_no_answer(published, name):
+    for question in questions(published, name).values():
+        if "irrelevance" in question.id:  # where right is whatever calls nothing
+            continue
+        try:
+            assert question.judge(reply(f"You ask me this: {question.text}")).reward == 0, question.id
+        except Unscorable:
+            assert BENCHMARKS[name].needs
+
+
+def test_the_self_test_finds_judges_that_are_wrong():
+    def judged(verdict: Verdict) -> Question:
+        return Question("mine", "1", asked("What?"), lambda response: verdict, reply("That."))
+
+    assert [check.answer for check in self_test([judged(Verdict(0.0))]) if check.fails] == ["gold"]
+    assert not [check for check in self_test([judged(Verdict(1.0))]) if check.fails]
+
+
+WRONG = {
+    "aime": ("60", ["25", "\\boxed{26}", "\\boxed{25.5}", "\\boxed{25} but \\boxed{7}"], ["so \\boxed{7}, no: \\boxed{ 25 }."]),
+    "math_500": ("test/prealgebra/1.json", ["\\boxed{\\frac{4}{3}}", "3/4"], ["\\boxed{0.75}", "\\boxed{\\dfrac{6}{8}}"]),
+    "mmlu_pro": ("70", ["Answer: D", "c", "The answer is C, no: the answer is A"], ["(C)", "**Answer: C**", "answer is (C)."]),
+    "humaneval": ("HumanEval/0", ["def total(v): return 0", "```python\nimport sys\nsys.exit(0)\n```", "exit()", "return 3"],
+                  ["```python\ndef total(values):\n    return sum(values)\n```", "    return sum(values)\n"]),
+    "live_code_bench": ("1_A", ["print(3)", "```python\nprint(int(input()) + 1)\n```"],
+                        ["```python\nimport sys\nprint(sum(int(x) for x in sys.stdin.read().split()))\n```"]),
+    "ifeval": ("1000", ["Red, a colour."], ["Blue."]),
+    "hle": ("h1", ["Exact Answer: A", "B"], ["It is so.\nExact Answer: B"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_other_answers_are_judged_as_people_would(published, name):
+    id, wrong, right = WRONG[name]
+    question = questions(published, name)[id]
+    assert [question.verify(reply(one)).reward for one in wrong] == [0.0] * len(wrong)
+    assert [question.verify(reply(one)).reward for one in right] == [1.0] * len(right)
+
+
+# ---- formats
+
+
+def test_all_formats_give_the_same_records(tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in MMLU_PRO * 2))
+    (tmp_path / "a.json").write_text(json.dumps(MMLU_PRO * 2))
+    parquet.write_table(pyarrow.Table.from_pylist(MMLU_PRO * 2), tmp_path / "a.parquet")
+    found = {suffix: list(records(tmp_path / f"a.{suffix}")) for suffix in ("jsonl", "json", "parquet")}
+    for own in found.values():
+        assert [record.values for record in own] == MMLU_PRO * 2
+    assert [record.place for record in found["jsonl"]] == [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/a.jsonl:3"]
+    assert [record.place for record in found["parquet"]] == [f"{tmp_path}/a.parquet[{n}]" for n in (0, 1)]
+
+
+def test_choices_are_shuffled_by_the_question_alone(published):
+    one = questions(published, "gpqa")
+    assert [q.text for q in one.values()] == [q.text for q in questions(published, "gpqa").values()]
+    assert {q.gold[0]["content"] for q in one.values()} <= {f"Answer: {letter}" for letter in "ABCD"}
+    assert all(row["Correct Answer"] in one[row["Record ID"]].text for row in GPQA)
+
+
+BAD = [
+    ("aime", {**AIME[0], "answer": "1000"}, r":1: answer is '1000'; wanted a whole number from 0 to 999"),
+    ("aime", {"answer": 3}, r":1: problem or Problem or question is missing; wanted a text"),
+    ("aime", {**AIME[0], "problem": " "}, r"problem is ' '; wanted a text that is not empty"),
+    ("mmlu_pro", {**MMLU_PRO[0], "answer": "D"}, r"answer is 'D'; wanted the letter of answer_index 2"),
+    ("mmlu_pro", {**MMLU_PRO[0], "options": ["a", 3]}, r"options is \['a', 3\]; wanted a list of at least 2 texts"),
+    ("humaneval", {**HUMANEVAL[0], "entry_point": "other"}, "entry_point is 'other'; wanted the name of a function that"),
+    ("ifeval", {**IFEVAL[0], "kwargs": []}, r"kwargs is \[\]; wanted arguments for each of the 1"),
+    ("ifeval", {**IFEVAL[0], "instruction_id_list": ["x:y"]}, "instruction_id_list is 'x:y'; wanted one of keywords:existence"),
+    ("ifeval", {**IFEVAL[1], "kwargs": [{"num_words": 3, "relation": "more"}, {}]}, "relation is 'more'; wanted one of"),
+    ("bfcl", {**BFCL["BFCL_v3_simple.json"][0], "ground_truth": [{"other": {}}]}, "wanted one of .'geometry.area'. with lists"),
+    ("bfcl", BFCL["BFCL_v3_simple.json"][0], "ground_truth is None|ground_truth is missing"),
+    ("swe_bench", {**SWE, "FAIL_TO_PASS": "[]", "PASS_TO_PASS": "[]"}, "FAIL_TO_PASS is '..'; wanted names of tests"),
+    ("swe_bench", {**SWE, "FAIL_TO_PASS": "[x"}, "FAIL_TO_PASS is '.x'; wanted a list, or the JSON of one"),
+    ("hle", {"id": "1", "question": "q", "answer": "a", "answer_type": "essay"}, "answer_type is 'essay'; wanted exactMatch"),
+    ("browsecomp", {"problem": "???", "answer": "AA==", "canary": "c"}, "problem is '...'; wanted base64 of a text encrypted"),
+    ("live_code_bench", {"public_test_cases": "gASVJA=="}, "public_test_cases is .*wanted JSON, or base64 of zlib"),
+    ("scicode", {"sub_steps": []}, r"sub_steps is \[\]; wanted a list of objects"),
+    ("safety_bench", {"id": 1, "category": "c", "question": "q", "options": ["a", "b"]}, "answer is missing; wanted a whole"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "record", "complaint"), BAD)
+def test_a_malformed_record_is_refused_with_place_key_and_value(tmp_path, name, record, complaint):
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(RecordError, match=complaint) as raised:
+        load(name, path)
+    assert str(raised.value).startswith(f"{path}:1:")
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "complaint"),
+    [
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl:2: found .1.; wanted an object"),
+        ("a.jsonl", "{\n", "a.jsonl:1: found '{', which is no JSON"),
+        ("a.json", "no", "which is no JSON"),
+        ("a.csv", "a,b\n1,2\n1\n", "a.csv:3: found another number of cells than the header's 2"),
+        ("a.parquet", "no", "this is no parquet file"),
+        ("a.txt", "no", "found no file to read; wanted one of .jsonl"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, file, text, complaint):
+    (tmp_path / file).write_text(text)
+    with pytest.raises(RecordError, match=complaint):
+        list(records(tmp_path / file))
+
+
+def test_ids_are_unique_names_known_and_files_there(tmp_path):
+    (tmp_path / "a.jsonl").write_text(2 * (json.dumps(AIME[0]) + "\n"))
+    with pytest.raises(RecordError, match=r"a.jsonl:2: id '60' is also that of .*a.jsonl:1"):
+        load("aime", tmp_path / "a.jsonl")
+    with pytest.raises(EvaluationError, match="benchmark = 'amie': wanted families, or one of aime"):
+        load("amie", tmp_path)
+    with pytest.raises(RecordError, match="nowhere does not exist; wanted AIME's problem, answer"):
+        load("aime", tmp_path / "nowhere")
+
+
+# ---- mathematics
+
+
+SAME = [
+    (r"\frac{3}{56}", "3/56"), (r"\dfrac34", "0.75"), ("x = 5", "5"), ("2(x+1)", "2x+2"), ("1,000", "1000"), ("1, 2", "2,1"),
+    (r"(3,\frac{\pi}{2})", r"\left( 3, \frac{\pi}{2} \right)"), (r"10\text{ cm}^2", "10"), (r"\sqrt{12}", r"2\sqrt3"),
+    (r"\$18.90", "18.9"), (r"90^\circ", "90"), (r"1\frac12", "3/2"), (r"(-\infty, 0)\cup(0,1)", r"(-\infty,0) \cup (0, 1)"),
+    (r"x \in [-2,7]", "[-2,7]"), (r"\{1,2\}", r"\{2,1\}"), (r"10\%", "10"), ("x^2 + 4x + 4", "(x+2)^2"), ("6-5i", "-5i+6"),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\text{Evelyn}", "evelyn"), ("5!", "120"),
+    (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
+]  # fmt: skip
+DIFFERENT = [
+    ("(1,2)", "(2,1)"), ("[1,2)", "[1,2]"), (r"-\infty", r"\infty"), ("p - q", "q - p"), ("5", "x"), ("even", "odd"),
+    (r"\frac{1}{0}", "1"), ("9^{9^{9^9}}", "3"), ("(" * 300, "3"), ("", ""), ("1,2,2", "1,1,2"), ("x<3", "x>3"), ("12", "1,2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", SAME)
+def test_answers_that_say_the_same_are_equal(pair):
+    assert equal(*pair) and equal(*reversed(pair))
+
+
+@pytest.mark.parametrize("pair", DIFFERENT)
+def test_answers_that_differ_are_not(pair):
+    assert not equal(*pair) and not equal(*reversed(pair))
+
+
+@given(st.text(alphabet="0123456789abx+-*/^(){}[]\\,. =<|!frac", max_size=40), st.text(max_size=20))
+def test_nothing_that_a_model_writes_breaks_the_comparison(a, b):
+    assert equal(a, b) == equal(b, a)
+    integer(a), boxed(a)
+
+
+@given(st.fractions(max_denominator=50), st.fractions(max_denominator=50))
+def test_fractions_are_equal_exactly_where_their_values_are(a, b):
+    text = f"-\\frac{{{-a.numerator}}}{{{a.denominator}}}"
+    assert equal(text, f"{b.numerator}/{b.denominator}") == (a == b)
+
+
+# ---- programs and shells
+
+
+def test_outputs_are_compared_line_by_line_and_numbers_by_value():
+    assert same_output("1 2 \n3\n", "1 2\n3") and same_output("0.3333333333", "0.33333333")
+    assert not same_output("1\n2", "1 2") and not same_output("1.1", "1.2") and not same_output("2", "3")
+
+
+def test_private_tests_are_no_way_in(tmp_path):
+    import base64
+    import pickle
+    import zlib
+
+    class Evil:
+        def __reduce__(self):
+            return (print, ("loaded",))
+
+    value = base64.b64encode(zlib.compress(pickle.dumps(Evil()))).decode()
+    (tmp_path / "a.jsonl").write_text(json.dumps({"public_test_cases": "[]", "private_test_cases": value}))
+    with pytest.raises(RecordError, match=r"wanted a plain text, found builtins.print"):
+        load("live_code_bench", tmp_path / "a.jsonl")
+
+
+def test_real_scicode_says_what_it_needs(published):
+    question = questions(published, "scicode")["10"]
+    with pytest.raises(Unscorable, match="need numpy, scipy, the right values of test_data.h5"):
+        question.verify(reply("```python\ndef alpha(v): return 1\n```"))
+
+
+def test_half_of_scicodes_steps_are_half_the_reward(published):
+    question = questions(published, "scicode")["1"]
+    first, step, _ = question.gold
+    assert question.verify([first, step, *reply("```python\ndef norm(v):\n    return 0\n```")]).reward == 0.5
+    assert question.verify([first]).reward == 0.5
+    episode = question.start()
+    assert "norm of a vector" in episode.step(first)[0]["content"] and episode.step(first) == [] and episode.done
+
+
+@pytest.mark.parametrize("name", ["swe_bench", "terminal_bench"])
+def test_a_shell_keeps_files_between_commands_and_ends_with_the_last_word(published, name):
+    question = next(iter(questions(published, name).values()))
+    episode = question.start()
+    episode.step(command_message("echo kept > note"))
+    assert episode.step(command_message("cat note; false"))[0]["content"] == "kept\n\n[exit 1]"
+    assert episode.step(reply("Done.")[0]) == [] and episode.done
+
+
+def test_a_patch_that_breaks_what_passed_is_wrong(published):
+    question = questions(published, "swe_bench")["toy__adder-1"]
+    breaks = command_message("echo 'def add(a, b): return 5' > adder.py")
+    assert "fails test_zero" in question.verify([breaks]).reasons[0]
+    assert question.verify([command_message("rm -r tests; true")]).reward == 0
+
+
+def test_what_needs_an_image_says_which(published, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(SWE))  # without a checkout beside it
+    (question,) = load("swe_bench", tmp_path / "a.jsonl")
+    with pytest.raises(Unscorable, match="image swebench/sweb.eval.x86_64.toy_1776_adder-1"):
+        question.verify(question.gold)
+    assert TERMINAL["docker/task.yaml"]
+    with pytest.raises(Unscorable, match="docker with the task's Dockerfile"):
+        questions(published, "terminal_bench")["docker"].verify(reply("Done."))
+
+
+def test_terminal_bench_wants_the_files_of_a_task(tmp_path):
+    (tmp_path / "task.yaml").write_text("instruction: [1]\n")
+    with pytest.raises(RecordError, match=r"task.yaml: instruction is missing; wanted a text"):
+        load("terminal_bench", tmp_path)
+    (tmp_path / "task.yaml").write_text("instruction: Do.\n")
+    with pytest.raises(RecordError, match="found no solution.sh"):
+        load("terminal_bench", tmp_path)
+
+
+# ---- calls
+
+
+def test_calls_are_right_in_any_order_with_any_of_the_values(published):
+    found = questions(published, "bfcl")
+    question, area = found["parallel_0"], "geometry_area"
+
+    def called(*arguments):
+        calls = [call_message(area, own)["tool_calls"][0] for own in arguments]
+        return question.verify([{"role": "assistant", "content": "", "tool_calls": calls}]).reward
+
+    one = {"base": 10.0, "height": 5, "unit": "UNITS", "tags": ["A-b"]}
+    other = {"base": 1.5, "height": 2, "unit": "square  meters"}
+    assert called(other, one) == 1 and called({"base": 10, "height": 5}, other) == 1
+    assert called(one) == 0 and called(one, one) == 0 and called(one, other, one) == 0
+    assert called(one, {"base": 1.5, "height": 2}) == 0  # unit may not be left out here
+    assert called(one, {**other, "height": 2.0}) == 0  # no whole number
+    assert called(one, {**other, "depth": 1}) == 0
+    text = {"function": {"name": area, "arguments": json.dumps(one)}}
+    simple = found["simple_0"]
+    assert simple.verify([{"role": "assistant", "tool_calls": [text]}]).reward == 1
+    assert simple.verify([{"role": "assistant", "tool_calls": [{"function": {"name": area, "arguments": "{"}}]}]).reward == 0
+    assert simple.tools[0]["function"]["parameters"]["properties"]["base"]["type"] == "number"
+
+
+def test_irrelevance_is_not_to_call(published):
+    question = questions(published, "bfcl")["live_irrelevance_0-0-0"]
+    assert question.verify(reply("I cannot.")).reward == 1
+    assert question.verify([call_message("geometry_area", {"base": 1, "height": 2})]).reward == 0
+
+
+def test_several_turns_need_the_benchmarks_programs(published):
+    with pytest.raises(Unscorable, match="category multi_turn_base one needs the simulated programs of bfcl_eval"):
+        questions(published, "bfcl")["multi_turn_base_0"].verify(reply("x"))
+
+
+def test_objects_have_a_list_of_values_for_each_key():
+    option = {"city": ["Paris", "paris, FR"], "days": [3, ""]}
+    assert same({"city": "PARIS"}, option) and same({"city": "Paris FR", "days": 3}, option)
+    assert not same({"days": 3}, option) and not same({"city": "Paris", "x": 1}, option) and not same({"city": 3}, option)
+    assert same([{"city": "paris"}], [option]) and not same([], [option]) and not same(True, 1)
+
+
+# ---- instructions
+
+
+KEPT = {
+    "keywords:existence": ({"keywords": ["sun", "moon"]}, "The Sun and the moon.", "The sun."),
+    "keywords:frequency": ({"keyword": "sun", "frequency": 2, "relation": "at least"}, "sun, Sun", "sun"),
+    "keywords:forbidden_words": ({"forbidden_words": ["sun"]}, "A Sunday.", "The sun."),
+    "keywords:letter_frequency": ({"letter": "z", "let_frequency": 2, "let_relation": "less than"}, "Zoo", "zigzag"),
+    "language:response_language": ({"language": "de"}, "Das ist ein ganz gewöhnlicher deutscher Satz.",
+                                   "This is quite an ordinary English sentence."),
+    "length_constraints:number_sentences": ({"num_sentences": 2, "relation": "at least"}, "One. Two!", "One, 2.5 and two."),
+    "length_constraints:number_paragraphs": ({"num_paragraphs": 2}, "a\n***\nb", "a\n***\nb\n***\nc"),
+    "length_constraints:number_words": ({"num_words": 3, "relation": "less than"}, "two words", "three words here"),
+    "length_constraints:nth_paragraph_first_word": ({"num_paragraphs": 2, "nth_paragraph": 2, "first_word": "So"},
+                                                    'a\n\n"so, b', "so\n\na"),
+    "detectable_content:number_placeholders": ({"num_placeholders": 2}, "[a] and [b]", "[a] and b"),
+    "detectable_content:postscript": ({"postscript_marker": "P.P.S"}, "x\nP.P.S. y", "x\nP.S. y"),
+    "detectable_format:number_bullet_lists": ({"num_bullets": 2}, "* a\n- b", "* a\n**b**"),
+    "detectable_format:constrained_response": ({}, "So: My answer is maybe.", "maybe"),
+    "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, "*a* and *b*", "*a* and ** **"),
+    "detectable_format:multiple_sections": ({"section_spliter": "SECTION", "num_sections": 2}, "SECTION 1 a SECTION 2 b",
+                                            "SECTION 1 a"),
+    "detectable_format:json_format": ({}, '```json\n{"a": 1}\n```', "{a: 1}"),
+    "detectable_format:title": ({}, "<<joy>>\nx", "<< >>"),
+    "combination:two_responses": ({}, "a\n******\nb", "a\n******\na"),
+    "combination:repeat_prompt": ({"prompt_to_repeat": "Say it."}, "say it. It.", "It. Say it."),
+    "startend:end_checker": ({"end_phrase": "That is all."}, 'x "that is all."', "That is all. x"),
+    "startend:quotation": ({}, '"all\nof it"', '"all" of it'),
+    "change_case:capital_word_frequency": ({"capital_frequency": 2, "capital_relation": "at least"}, "WELL-DONE ALL", "A"),
+    "change_case:english_capital": ({}, "THIS IS ALL OF THE ANSWER", "THIS is all of the answer"),
+    "change_case:english_lowercase": ({}, "this is all of the answer", "This is all of the answer"),
+    "punctuation:no_comma": ({}, "none here", "one, here"),
+}  # fmt: skip
+
+
+def test_every_kind_of_instruction_has_an_example():
+    assert KEPT.keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_an_instruction_is_kept_by_one_text_and_broken_by_the_other(kind):
+    arguments, kept, broken = KEPT[kind]
+    record = {"key": 1, "prompt": "Do it.", "instruction_id_list": [kind], "kwargs": [arguments], "response": kept}
+    from minglm.evals.benchmarks.instructions import ifeval
+
+    question = ifeval(Record("here", record))
+    assert question.verify(question.gold).reward == 1
+    assert question.verify(reply(broken)).reward == 0
+    assert kind in question.verify(reply(broken)).reasons[0]
+
+
+# ---- what a model judges, and the customer that it plays
+
+
+class Scripted(Endpoint):
+    """An endpoint whose answers are written here; the wire has tests of its own."""
+
+    def __init__(self, *answers: str):
+        self.answers, self.heard = list(answers), []
+
+    def ask(self, messages, *arguments, **options):
+        self.heard.append(list(messages))
+        return Written({"role": "assistant", "content": self.answers.pop(0)}, 1, False)
+
+
+def test_a_model_judges_what_is_not_the_same_to_the_letter(published):
+    with pytest.raises(Unscorable, match="--grader-url and --grader-name"):
+        questions(published, "hle")["h2"].verify(reply("Exact Answer: Nile"))
+    grader = Scripted("It is that river.\nSame: yes", "Same: no", "Same: yes\nSame: no")
+    question = questions(published, "hle", grader)["h2"]
+    assert question.verify(reply("Exact Answer: the nile.")).reward == 1 and not grader.heard
+    assert question.verify(reply("Exact Answer: Nile")).reward == 1
+    assert question.verify(reply("Exact Answer: Congo")).reward == 0
+    assert "The Nile" in grader.heard[0][1]["content"] and "Congo" in grader.heard[1][1]["content"]
+    with pytest.raises(Unscorable, match="the grader said no single yes or no"):
+        question.verify(reply("Exact Answer: Same: yes"))
+
+
+def test_pictures_are_left_out(published):
+    assert questions(published, "hle").keys() == {"h1", "h2"}
+
+
+@given(st.text(min_size=1), st.text(min_size=1))
+def test_encryption_is_undone_by_its_canary(text, canary):
+    from minglm.evals.benchmarks.graded import decrypted
+
+    assert decrypted(Record("here", {"problem": encrypted(text, canary)}), "problem", canary) == text or not text.strip()
+    assert keystream(canary, 70)[:32] == keystream(canary, 70)[32:64]
+
+
+def test_a_customer_is_served(published):
+    customer = Scripted("Cancel order #1. What was it?", "###STOP###")
+    question = questions(published, "tau_bench", customer)["retail-0"]
+    episode, said = question.start(), reply("Hello, who are you?")[0]
+    assert episode.step(said) == [{"role": "user", "content": "Cancel order #1. What was it?"}]
+    call = question.gold[0]
+    assert episode.step(call) == [{"role": "tool", "content": "cancelled"}]
+    last = reply("It was 1,234 dollars.")[0]
+    assert episode.step(last) == [] and episode.done
+    assert "You are Ann" in customer.heard[0][0]["content"]
+    assert question.verify([said, call, last]).reward == 1
+    assert question.verify([said, call]).reasons == ("did not say 1234",)
+    other = {"function": {"name": "cancel", "arguments": {"order_id": "#2"}}}
+    wrong = question.verify([{"role": "assistant", "tool_calls": [call["tool_calls"][0], other]}, last])
+    assert wrong.reasons == ("left the data in another state",)
+    unknown = {"function": {"name": "refund", "arguments": {}}}
+    assert question.start().step({"tool_calls": [unknown]})[0]["content"] == "Unknown action refund"
+    with pytest.raises(Unscorable, match="played by a model"):
+        questions(published, "tau_bench")["retail-0"].start().step(said)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "complaint"),
+    [
+        ("retail/tasks_test.py", "TASKS = [Task(instruction=make(), actions=[])]", r"tasks_test.py:1: .*; wanted instruction"),
+        ("retail/tasks_test.py", "TASKS = (", "this is no Python"),
+        ("retail/tasks_test.py", "TASKS = []", r"found no Task\(...\)"),
+        ("retail/tools/cancel.py", "import no_such_package", "the tools do not run in the sandbox"),
+    ],
+)
+def test_a_shop_that_is_not_as_published_is_refused(tmp_path, path, text, complaint):
+    folder = write_published(tmp_path) / "tau_bench"
+    (folder / path).write_text(text)
+    with pytest.raises(EvaluationError, match=complaint):
+        load("tau_bench", folder)
+
+
+def test_titles_and_needs_are_said():
+    assert len(BENCHMARKS) == 15 and all(one.title and one.data and one.judged for one in BENCHMARKS.values())
