@@ -135,7 +135,8 @@ class Loop:
             print(f"rehearsed: {rehearse(self.learner, self.rollouts.context + 1, samples)}")
         stopped_by, reward = None, math.nan
         interval = 0.5 if sys.stderr.isatty() else 10
-        with tqdm(total=recipe.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+        total = None if recipe.compute_budget else recipe.steps
+        with tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
             if not self.resumed:
                 self.evaluate(bar)
                 self.save()

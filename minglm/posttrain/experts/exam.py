@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from minglm.chat import MODES
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
-from minglm.evals.interval import Estimate, mean
+from minglm.evals.interval import Estimate, mean, share
 from minglm.posttrain.experts.policy import Placed, Policy, different, has_thought
 from minglm.posttrain.experts.recipe import Exam
 from minglm.rl.recipe import RLRecipe
@@ -94,7 +94,7 @@ def summary(sat: Sequence[Sat]) -> dict[str, Any] | None:
     if not judged:
         return None
     return {
-        "reward": _plain(mean(rewards(judged))),
+        "reward": _plain(share(rewards(judged))),
         "tokens": _plain(mean([one.tokens for one in judged])),
         "thought": statistics.fmean(one.thought for one in judged),
         "malformed": statistics.fmean(one.end == "malformed" for one in judged),

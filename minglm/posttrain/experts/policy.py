@@ -1,6 +1,6 @@
 """A trained model at work: attempts at problems in a mode, for what experts are to teach and for exams."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -32,7 +32,7 @@ class Placed(NamedTuple):
     problem: Problem
 
 
-def different(levels: dict[str, tuple[int, ...]], split: Literal["train", "held_out"], seed: int, count: int) -> list[Placed]:
+def different(levels: Mapping[str, tuple[int, ...]], split: Literal["train", "held_out"], seed: int, count: int) -> list[Placed]:
     """Up to `count` different problems of each pool; fewer where there are no more."""
     found = []
     for family, some in levels.items():

@@ -6,7 +6,7 @@ differs from [start].
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,7 @@ def save_experts_recipe(recipe: ExpertsRecipe, path: Path) -> None:
     save_recipe(recipe, path, "experts --recipe")
 
 
-def with_paths(recipe: ExpertsRecipe, change: Any) -> ExpertsRecipe:
+def with_paths(recipe: ExpertsRecipe, change: Callable[[Path], Path]) -> ExpertsRecipe:
     """With the paths in all of its recipes as `change` makes them, and with its seed and hardware there."""
     own = {"seed": recipe.seed, "hardware": recipe.hardware}
 

@@ -44,10 +44,8 @@ def write_results(recipe: ExpertsRecipe, folder: Path, sat: Mapping[str, Sequenc
         "checkpoints": {"base": str(recipe.base), "start": str(made.start), "unified_rl": str(made.kept.rl)},
     }
     parts = ["# Expert iteration", _introduction(recipe.exam.problems), *_sections(table, recipe)]
-    parts += [
-        "## Rounds",
-        *(f"- round {one.number}: score {one.gate['score']:.3f}, {one.gate['reason']}" for one in made.rounds),
-    ]
+    rounds = (f"- round {one.number}: score {one.gate['score']:.3f}, {one.gate['reason']}" for one in made.rounds)
+    parts += ["## Rounds", "\n".join(rounds)]
     for number, counts in answers.items():
         parts += [f"## Answers of round {number}", counts_table(counts)]
     _write(folder, results, "\n\n".join(parts))
