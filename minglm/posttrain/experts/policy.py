@@ -32,7 +32,9 @@ class Placed(NamedTuple):
     problem: Problem
 
 
-def different(levels: Mapping[str, tuple[int, ...]], split: Literal["train", "held_out"], seed: int, count: int) -> list[Placed]:
+def different(
+    levels: Mapping[str, tuple[int, ...]], split: Literal["train", "held_out"], seed: int, count: int
+) -> list[Placed]:
     """Up to `count` different problems of each pool; fewer where there are no more."""
     found = []
     for family, some in levels.items():
