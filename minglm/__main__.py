@@ -4,6 +4,7 @@ Each command is a dataclass here (tyro makes the options of it) with the functio
 those that compute, so that `--help` answers at once.
 """
 
+import json
 import os
 import signal
 import sys
@@ -189,6 +190,30 @@ class AblateRL:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """From a mid-trained base to one hybrid model: cold-start SFT, an expert of each domain by RL, one model from their
+    answers, RL on it, and for agents the same again, round by round.
+
+    Run again, it goes on where it was stopped. A table of what each step has gained is written at the end.
+    """
+
+    base: Annotated[Positional[Path | None], arg(metavar="BASE")] = None
+    """The mid-trained model: a run folder, or a Hugging Face folder with its tokenizer."""
+    recipe_file: Annotated[str, arg(name="recipe")] = "nano"
+    """nano or a path; runs/NAME/config.toml goes on with that iteration."""
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Another value for any key of the recipe, such as experts.agent.steps=40 or rl.sampling.groups=8; may be given several
+    times."""
+    seeds: tuple[int, ...] = ()
+    """An iteration with each, in seed-N, and the table with intervals over them (by default the recipe's seed alone)."""
+    compare: bool = False
+    """Also the two other ways to one model at equal compute: on-policy distillation from the experts, and RL on all rewards
+    from the start."""
+    run_folder: Path | None = None
+    """Where everything is written (runs/, the base's name and -experts)."""
+
+
+@dataclass(frozen=True)
 class Params:
     """What a model costs before anything is trained: parameters, FLOPs a token, memory, and the time to train it."""
 
@@ -307,6 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
             Audit: run_audit,
             RL: run_rl,
             AblateRL: run_ablate_rl,
+            Experts: run_experts,
             Eval: run_eval,
             Params: run_params,
             Bench: run_bench,
@@ -327,9 +353,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
 
 
-def _parse(
-    arguments: list[str],
-) -> Demo | Train | Ablate | SFT | Reward | Audit | RL | AblateRL | Eval | Params | Bench | Race | Chat | Serve | Convert:
+Posttraining = SFT | Reward | Audit | RL | AblateRL | Experts
+Command = Demo | Train | Ablate | Posttraining | Eval | Params | Bench | Race | Chat | Serve | Convert
+
+
+def _parse(arguments: list[str]) -> Command:
     """After `train RECIPE`, and with `--recipe RECIPE` in `sft`, `reward` and `rl`, that recipe's values are the defaults of
     the options; else nano's."""
     name = arguments[1] if arguments[0] == "train" and len(arguments) > 1 else ""
@@ -346,6 +374,7 @@ def _parse(
         | Annotated[Audit, subcommand("audit")]
         | Annotated[RL, subcommand("rl", default=RL(rl_recipe))]
         | Annotated[AblateRL, subcommand("ablate-rl")]
+        | Annotated[Experts, subcommand("experts")]
         | Annotated[Eval, subcommand("eval")]
         | Annotated[Params, subcommand("params")]
         | Annotated[Bench, subcommand("bench")]
@@ -613,6 +642,48 @@ def run_ablate_rl(command: AblateRL) -> int:
     table = ablate_rl(recipe, command.vary, command.arms, command.seeds, folder, command.workers)
     made = ", ".join(str(folder / name) for name in ("ablation.md", "results.json", "curves.png"))
     print(f"\n{table}\n\nmade: {made}, and a run folder of each run")
+    return 0
+
+
+def run_experts(command: Experts) -> int:
+    from minglm.posttrain.experts.paths import compare, write_paths
+    from minglm.posttrain.experts.pipeline import Stopped, experts
+    from minglm.posttrain.experts.recipe import load_experts_recipe
+    from minglm.posttrain.experts.results import write_results_of_seeds
+
+    recipe, path = load_experts_recipe(command.recipe_file, command.set), Path(command.recipe_file)
+    base = command.base or recipe.base
+    if base is None:
+        raise ConfigError("experts: wanted the mid-trained model: a run folder, or a Hugging Face folder")
+    base = _find_checkpoint(base)
+    default = path.parent if path.name == "config.toml" else Path("runs", f"{_name_of(base.resolve())}-experts")
+    folder = command.run_folder or default
+    print(f"experts: {base} by {command.recipe_file}; everything is written to {folder}\n")
+    folders = {seed: folder / f"seed-{seed}" for seed in command.seeds} or {recipe.seed: folder}
+    found = []
+    try:
+        for seed, own in folders.items():
+            seeded = replace(recipe, base=base, seed=seed)
+            found.append(compare(seeded, own) if command.compare else experts(seeded, own))
+    except Stopped as stopped:
+        print(f"\n{stopped}\nto go on: the same command")
+        return 128 + stopped.signal
+    if command.seeds:
+        write_results_of_seeds(recipe, folder, list(folders.values()))
+    if command.compare:
+        print(f"\nthree ways to one model at equal compute:\n\n{write_paths(folder, found)}")
+    first = next(iter(folders.values()))
+    kept = first / f"round-{json.loads((first / 'results.json').read_text(encoding='utf-8'))['kept_round']}"
+    print(f"""
+{(folder / "results.md").read_text(encoding="utf-8")}
+made:
+  {folder / "results.md"}    what each step has gained; as numbers in results.json
+  {kept / "rl"}    the unified model: a run folder
+  {kept / "answers"}    what the experts have taught, and what the filters took
+
+to try next:
+  {PROGRAM} chat {kept / "rl"}
+  {PROGRAM} eval {kept / "rl"} --suite chat""")
     return 0
 
 

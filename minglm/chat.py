@@ -127,6 +127,7 @@ def render_tokens(
     add_generation_prompt: bool = False,
     keep_reasoning: bool = False,
     end_of_turn: bool = False,
+    opens_thinking: bool = False,
 ) -> Rendered:
     r"""The ids of what `render` writes, and which of them are the model's own.
 
@@ -136,18 +137,26 @@ def render_tokens(
 
     The model's own are, in each assistant's turn, everything after `<|assistant|>` and the mark of the user or tool
     that follows, by which the model ended its turn. Not its own: with `enable_thinking=False` the thinking, which the
-    prompt already holds; and an empty `<think></think>` in place of a reasoning that was dropped.
+    prompt already holds; an empty `<think></think>` in place of a reasoning that was dropped; and with `opens_thinking` the
+    `<think>` itself.
 
     Args:
         tokenizer: one that has the special tokens of the template.
         messages, tools, enable_thinking, add_generation_prompt, keep_reasoning: as for `render`.
         end_of_turn: after a last message of the assistant's, also the mark that ends its turn: `<|observation|>` if it
             calls tools, else `<|user|>`. Training wants True, or the model never learns to stop there.
+        opens_thinking: the prompts have `\n<think>` at their end, as the server writes where thinking is asked for: also in
+            the prompt that `add_generation_prompt` adds. Not together with `enable_thinking=False`.
 
     Raises:
-        ChatError: as `render`; also if the tokenizer lacks a mark that is needed.
+        ChatError: as `render`; also if the tokenizer lacks a mark that is needed, or for a thinking that is opened and
+            forbidden.
     """
-    pieces = _pieces(messages, tools, enable_thinking, add_generation_prompt, keep_reasoning)
+    if opens_thinking and enable_thinking is False:
+        raise ChatError("opens_thinking with enable_thinking False; wanted one of them", key="enable_thinking")
+    pieces = _pieces(messages, tools, enable_thinking, add_generation_prompt, keep_reasoning, opens_thinking)
+    if opens_thinking and add_generation_prompt:
+        pieces += _template_text("\n<think>")
     if end_of_turn and not add_generation_prompt and messages and messages[-1]["role"] == "assistant":
         mark = "<|observation|>" if messages[-1].get("tool_calls") else "<|user|>"
         pieces.append(Piece(mark, is_mark=True, by_model=True))
@@ -196,6 +205,7 @@ def _pieces(
     enable_thinking: bool | None,
     add_generation_prompt: bool,
     keep_reasoning: bool,
+    opens_thinking: bool = False,
 ) -> list[Piece]:
     _check_messages(messages)
     _check_mode(enable_thinking)
@@ -214,7 +224,7 @@ def _pieces(
             pieces += _tool_result_pieces(message, index, before)
         else:
             keep = keep_reasoning or index > last_user
-            pieces += _assistant_pieces(message, index, keep, asked_to_think=enable_thinking is not False)
+            pieces += _assistant_pieces(message, index, keep, enable_thinking is not False, opens_thinking)
         before = role
     if add_generation_prompt:
         pieces += _template_text("<|assistant|>\n<think></think>" if enable_thinking is False else "<|assistant|>")
@@ -267,12 +277,14 @@ def _tool_result(item: Any, index: int) -> str:
     return _checked_text(str(item), index, "content")
 
 
-def _assistant_pieces(message: Mapping[str, Any], index: int, keep: bool, asked_to_think: bool) -> Iterator[Piece]:
+def _assistant_pieces(
+    message: Mapping[str, Any], index: int, keep: bool, asked_to_think: bool, opens_thinking: bool
+) -> Iterator[Piece]:
     reasoning, content = _reasoning_and_content(message, index)
     yield Piece("<|assistant|>", is_mark=True)
     # The model wrote the thinking that stands here, unless the prompt did or a longer one was dropped.
     by_model = asked_to_think and (keep or not reasoning)
-    yield from _template_text("\n<think>", by_model)
+    yield from _template_text("\n<think>", by_model and not opens_thinking)
     yield Piece(reasoning if keep else "", by_model=by_model)
     yield from _template_text("</think>", by_model)
     if content:

@@ -190,3 +190,18 @@ def test_rows_put_each_label_behind_what_it_was_chosen_after():
     assert rows.sampled.tolist() == [[False, True, True], [True, False, False]]
     assert rows.log_probs.tolist() == [[0, -1, -2], [-3, 0, 0]]
     assert rows.document_ids.tolist() == [[0, 0, 0], [0, -1, -1]]
+
+
+def test_a_thinking_that_the_prompt_opens_is_not_the_policys_and_is_read_as_its_own():
+    limits = Limits(tokens=6, turns=9, opens_thinking=True)
+    mark = TOKENIZER.special_ids["<think>"]
+    for one in collect([Echo(2, False)], limits):
+        opened = [place for place, id in enumerate(one.ids) if id == mark and not one.sampled[place]]
+        assert len(opened) == max(1, one.turns) and one.sampled[opened[0] + 1]
+        served = render_tokens(TOKENIZER, one.problem.messages, add_generation_prompt=True).ids
+        served += TOKENIZER.encode("\n<think>", allow_special=True)  # as it always was
+        assert one.ids[: opened[0] + 1] == served
+        first = TOKENIZER.special_ids["<|assistant|>"]
+        assert first in one.ids
+    with pytest.raises(ValueError, match="opens_thinking"):
+        Limits(opens_thinking=True, thinking=False)

@@ -467,3 +467,22 @@ def test_a_schema_that_cannot_be_followed_is_said_to_be_one_and_nothing_is_fetch
 def test_an_error_of_the_linter_says_where():
     with pytest.raises(LintError, match="there, sample 7: no answer: the last message is the user's"):
         lint(Sample([user("a"), assistant("b"), user("c")], "there, sample 7"), tokenizer(), 100)
+
+
+def test_a_thinking_that_the_prompt_opens_is_not_learnt(tmp_path):
+    """All else of the sample is: the same ids, and a mask that lacks the mark and the line break before it."""
+    line = {
+        "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "reasoning_content": "two", "content": "4"}]
+    }
+    path = tmp_path / "own.jsonl"
+    lines = [{**line, "thinking": True}, {**line, "thinking": True, "opens_thinking": True}]
+    lines += [{**line, "thinking": None, "opens_thinking": True}]
+    path.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    plain, opened, refused = read_samples(path)
+    assert refused.fault == "json" and "opens_thinking" in refused.reason
+    tokenizer = train_tokenizer(["2+2? two 4"] * 3, 300, show_progress=False)
+    first, second = (lint(sample, tokenizer, 100) for sample in (plain, opened))
+    assert first.ids == second.ids
+    learnt = list(zip(first.ids, first.assistant_mask, second.assistant_mask, strict=True))
+    assert [tokenizer.decode([id]) for id, plain, opened in learnt if plain and not opened] == ["\n", "<think>"]
+    assert not any(opened and not plain for _, plain, opened in learnt)

@@ -49,12 +49,14 @@ class LintError(ValueError):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation to learn from. `thinking` as `enable_thinking` of `minglm.chat.render`; `where` names it in errors."""
+    """A conversation to learn from. `thinking` as `enable_thinking` of `minglm.chat.render`; `where` names it in errors.
+    opens_thinking: the prompt has opened the thinking, so that the model learns to think there and not whether to."""
 
     messages: Sequence[Mapping[str, Any]]
     where: str
     tools: Sequence[Mapping[str, Any]] = ()
     thinking: bool | None = None
+    opens_thinking: bool = False
 
 
 def read_samples(path: Path) -> Iterator[Sample | LintError]:
@@ -65,7 +67,7 @@ def read_samples(path: Path) -> Iterator[Sample | LintError]:
 
 def sample_of(found: Mapping[str, Any], where: str, messages: Sequence[Mapping[str, Any]]) -> Sample:
     """A conversation with the tools and the mode of a line."""
-    return Sample(messages, where, found.get("tools") or [], found.get("thinking"))
+    return Sample(messages, where, found.get("tools") or [], found.get("thinking"), found.get("opens_thinking", False))
 
 
 def read_objects(path: Path, lists: Sequence[str]) -> Iterator[tuple[str, dict[str, Any] | LintError]]:
@@ -90,6 +92,9 @@ def _read_line(line: str, where: str, lists: Sequence[str]) -> dict[str, Any] | 
     thinking = found.get("thinking")
     if thinking is not None and not isinstance(thinking, bool):
         return LintError(where, "json", f'"thinking" is {thinking!r:.60}; wanted true, false or null')
+    opens = found.get("opens_thinking", False)
+    if not isinstance(opens, bool) or (opens and thinking is not True):
+        return LintError(where, "json", f'"opens_thinking" is {opens!r:.60}; wanted false, or true where "thinking" is true')
     return found
 
 
@@ -114,7 +119,14 @@ def lint(sample: Sample, tokenizer: Tokenizer, longest: int) -> Rendered:
             raise refuse(*found)
         for found in _mode_faults(sample):
             raise refuse(*found)
-        rendered = render_tokens(tokenizer, messages, sample.tools or None, sample.thinking, end_of_turn=True)
+        rendered = render_tokens(
+            tokenizer,
+            messages,
+            sample.tools or None,
+            sample.thinking,
+            end_of_turn=True,
+            opens_thinking=sample.opens_thinking,
+        )
     except ChatError as error:
         raise refuse("format", str(error)) from error
     if not any(rendered.assistant_mask):

@@ -45,8 +45,9 @@ class Conversations:
     levels: int = 2
     """Difficulties of each family, from the easiest on; 0: all."""
     files: tuple[Path, ...] = ()
-    """Own conversations, JSONL: {"messages": [...], "tools": [...], "thinking": true, false or null (automatic)} a line. In a
-    recipe file paths start from that file's folder."""
+    """Own conversations, JSONL: {"messages": [...], "tools": [...], "thinking": true, false or null (automatic)} a line; with
+    "opens_thinking": true the `<think>` of a thinking sample stands in its prompt and is not learnt. In a recipe file paths
+    start from that file's folder."""
     file_share: float = 0.5
     """The part of each mode's samples that comes from files, where the mode has any there beside families."""
     held_out_files: tuple[Path, ...] = ()
@@ -207,16 +208,17 @@ def resolve_paths(recipe: Either) -> Either:
     """With absolute paths: a run can then be resumed from another working directory."""
     if recipe.base is None:
         raise ConfigError("base: missing; wanted the run folder or the folder of the model to start from")
-    return _with_paths(recipe, Path.resolve)
+    return with_paths(recipe, Path.resolve)
 
 
 def _load(cls: type[Either], kind: Literal["sft", "reward"], name_or_path: str | Path) -> Either:
     path = find_config(kind, name_or_path)
     recipe = build(cls, read_toml_mapping(path), where=str(path))
-    return _with_paths(recipe, lambda found: path.parent / found)
+    return with_paths(recipe, lambda found: path.parent / found)
 
 
-def _with_paths(recipe: Either, change: Callable[[Path], Path]) -> Either:
+def with_paths(recipe: Either, change: Callable[[Path], Path]) -> Either:
+    """With every path as `change` makes it."""
     table = "conversations" if isinstance(recipe, SFTRecipe) else "preferences"
     data = getattr(recipe, table)
     files = {key: tuple(map(change, getattr(data, key))) for key in ("files", "held_out_files")}

@@ -191,23 +191,32 @@ class PolicyLearner(Learner):
             )
         ]
         total = sum(count(self.objective, one.mask.flatten(), one.rows.sequence_ids) for one in known)
-        targets = [self.model.count_targets(rows.labels, rows.document_ids) for rows in batches]
-        totals = LossTotals(*torch.stack([torch.stack(each) for each in targets]).sum(0))
+        totals = self.totals(batches)
         for _ in range(self.passes):
             for one in known:
                 numbers += self.backward(one, total, totals)
-            clip_norm = self.recipe.optimizer.clip_norm or math.inf
-            norm = self._clip_gradients(clip_norm)
-            update(self.optimizer, learning_rate_factor)
-            if self.critic is not None:
-                nn.utils.clip_grad_norm_(self.critic.parameters(), clip_norm)
-                update(self.critic_optimizer, learning_rate_factor)
-            self.model.update_router_bias(self.stage.router_bias_rate)
+            norm = self.update(learning_rate_factor)
         gaps = measure_gaps(batches, old, before.unreplayed, before.experts, version)
         entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, old, strict=True)]).mean().item()
         informative = found.informative.float().mean().item()
         loss, critic_loss, clipped, dropped = (numbers / self.passes).tolist()
         return StepNumbers(loss, critic_loss, norm.item(), clipped, dropped, entropy, informative, gaps)
+
+    def totals(self, batches: Sequence[Rows]) -> LossTotals:
+        """What the side losses divide by: the targets of the whole step."""
+        targets = [self.model.count_targets(rows.labels, rows.document_ids) for rows in batches]
+        return LossTotals(*torch.stack([torch.stack(each) for each in targets]).sum(0))
+
+    def update(self, learning_rate_factor: float) -> Tensor:
+        """With all gradients there, the optimisers' step -> the norm of the policy's gradient before clipping."""
+        clip_norm = self.recipe.optimizer.clip_norm or math.inf
+        norm = self._clip_gradients(clip_norm)
+        update(self.optimizer, learning_rate_factor)
+        if self.critic is not None:
+            nn.utils.clip_grad_norm_(self.critic.parameters(), clip_norm)
+            update(self.critic_optimizer, learning_rate_factor)
+        self.model.update_router_bias(self.stage.router_bias_rate)
+        return norm
 
     def backward(self, known: Known, total: Tensor, totals: LossTotals) -> Tensor:
         """Add a micro-batch's gradients of all losses -> those of policy and critic, and the shares clipped and dropped, (4,)

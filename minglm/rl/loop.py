@@ -22,6 +22,7 @@ from minglm.config import GLMConfig
 from minglm.engine.engine import Engine
 from minglm.rl.browser import write_browser
 from minglm.rl.curriculum import Curriculum
+from minglm.rl.distillation import FORMULA, DistillationLearner, load_teachers
 from minglm.rl.held_out import attempt_held_out, set_aside
 from minglm.rl.learner import PolicyLearner
 from minglm.rl.objective import formula
@@ -29,7 +30,7 @@ from minglm.rl.plots import plot_run
 from minglm.rl.practice import Practice, practise
 from minglm.rl.quantised import fp8_copy, fp8_state
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
-from minglm.rl.records import record_of, write_rollouts
+from minglm.rl.records import record_of, tokens_of, write_rollouts
 from minglm.rl.rehearsal import rehearse
 from minglm.rl.rewards import combined
 from minglm.rl.rollout import Limits, Rollouts
@@ -54,9 +55,8 @@ def rl(recipe: RLRecipe, run_folder: str | Path, must_resume: bool = False) -> O
     checkpoint = folder.open(recipe, must_resume, load_rl_recipe, save_rl_recipe)
     base = model_folder(recipe.base)
     tokenizer, config = Tokenizer.from_pretrained(base), GLMConfig.from_pretrained(base)
-    print(
-        f"run folder: {folder.path} (recipe, metrics, rollouts, checkpoints)\ndevice: {device}\n\n{formula(recipe.objective)}\n"
-    )
+    loss = FORMULA if recipe.teachers else formula(recipe.objective)
+    print(f"run folder: {folder.path} (recipe, metrics, rollouts, checkpoints)\ndevice: {device}\n\n{loss}\n")
     with ExitStack() as stack:
         stack.enter_context(ops.using(recipe.hardware.gear))
         stop = stack.enter_context(StopRequest())
@@ -86,10 +86,9 @@ class Loop:
         checkpoint: Path | None,
     ):
         self.recipe, self.folder, self.tokenizer = recipe, folder, tokenizer
-        training = recipe.as_training(config)
-        self.learner = PolicyLearner(
+        learns = (
             recipe.objective,
-            training,
+            recipe.as_training(config),
             config,
             device,
             base,
@@ -98,9 +97,14 @@ class Loop:
             recipe.passes,
             recipe.routing_replay,
         )
+        if recipe.teachers:
+            teachers = load_teachers(recipe.teachers, config, device.torch_device)
+            self.learner = DistillationLearner(*learns, teachers=teachers)
+        else:
+            self.learner = PolicyLearner(*learns)
         self.curriculum = Curriculum(recipe.tasks, recipe.seed)
         self.temperature = Temperature(recipe.sampling)
-        self.step, self.seconds_before = 0, 0.0
+        self.step, self.compute, self.seconds_before = 0, 0, 0.0
         self.resumed = checkpoint is not None
         self.metrics = MetricsFile(folder.metrics)
         if checkpoint is not None:
@@ -118,23 +122,29 @@ class Loop:
         self.rollouts = Rollouts(self.engine, tokenizer, self.limits, recipe.records_experts, rewards.apply, device.autocast)
         self.held_out, self.validation = set_aside(recipe)
 
+    @property
+    def finished(self) -> bool:
+        budget = self.recipe.compute_budget
+        return self.step >= self.recipe.steps or bool(budget and self.compute >= budget)
+
     def run(self, stop: StopRequest) -> Outcome:
         recipe = self.recipe
         self.start = time.perf_counter() - self.seconds_before
-        if self.step < recipe.steps:
+        if not self.finished:
             samples = recipe.sampling.groups * recipe.sampling.group_size
             print(f"rehearsed: {rehearse(self.learner, self.rollouts.context + 1, samples)}")
         stopped_by, reward = None, math.nan
         interval = 0.5 if sys.stderr.isatty() else 10
-        with tqdm(total=recipe.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
+        total = None if recipe.compute_budget else recipe.steps
+        with tqdm(total=total, initial=self.step, unit="step", dynamic_ncols=True, mininterval=interval) as bar:
             if not self.resumed:
                 self.evaluate(bar)
                 self.save()
-            while self.step < recipe.steps and stopped_by is None:
+            while not self.finished and stopped_by is None:
                 reward = self.train_step()
                 bar.update()
                 bar.set_postfix_str(f"reward {reward:.3f}, stage {self.curriculum.stage}")
-                last = self.step == recipe.steps
+                last = self.finished
                 if last or (recipe.evaluate_every and self.step % recipe.evaluate_every == 0):
                     self.evaluate(bar)
                 stopped_by = None if last else stop.signal
@@ -166,8 +176,12 @@ class Loop:
             self.engine.update_weights(fp8_state(self.learner.model))
         else:
             self.engine.weights_changed()  # in place: these are the learner's
+        tokens = tokens_of(practice, self.recipe)
+        self.compute += tokens.compute
         record |= {
             **record_of(practice),
+            **tokens._asdict(),
+            "compute": self.compute,
             "tokens": limits.tokens,
             "temperature": limits.temperature,
             "curriculum_stage": self.curriculum.stage,
@@ -224,13 +238,14 @@ class Loop:
         """What a checkpoint must hold beside the learner's state."""
         return {
             "step": self.step,
+            "compute": self.compute,
             "seconds": self._seconds(),
             "curriculum": self.curriculum.state_dict(),
             "temperature": self.temperature.state_dict(),
         }
 
     def load_own_state(self, state: dict[str, Any]) -> None:
-        self.step, self.seconds_before = state["step"], state["seconds"]
+        self.step, self.compute, self.seconds_before = state["step"], state["compute"], state["seconds"]
         self.curriculum.load_state_dict(state["curriculum"])
         self.temperature.load_state_dict(state["temperature"])
 

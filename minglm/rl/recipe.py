@@ -50,6 +50,9 @@ class Sampling:
     """Dynamic temperature, such as [1.0, 1.1, 1.2, 1.3]: when the reward has levelled off, the highest of these whose reward
     on problems set aside is within 1% of the best one's (report, section 3.2). None: the temperature never changes."""
     thinking: Literal["thinking", "non-thinking", "automatic"] = "thinking"
+    opens_thinking: bool = False
+    """Every turn begins within a thinking that the prompt has opened, as the server does where thinking is asked for; else the
+    policy may choose not to think."""
     format_penalty: bool = True
     """A call that cannot be read ends the episode at once, with reward 0 (report, section 3.2.4)."""
     context: int | None = None
@@ -68,6 +71,8 @@ class Sampling:
         require(self.group_size >= 2, "group_size", self.group_size, "2 or more: one attempt has nothing to be judged against")
         require(bool(self.stages) and min(self.stages) >= 1, "tokens", self.tokens, "1 or more")
         require(all(value > 0 for value in self.temperatures), "temperatures", self.temperatures, "each above 0")
+        opens = self.opens_thinking and self.thinking == "non-thinking"
+        require(not opens, "opens_thinking", self.opens_thinking, "false with thinking = 'non-thinking'")
         for key in ("groups", "turns", "rounds", "context"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "1 or more")
@@ -164,6 +169,12 @@ class RLRecipe:
     sampling: Sampling = field(default_factory=Sampling)
     rewards: Rewards = field(default_factory=Rewards)
     objective: Objective = field(default_factory=Objective)
+    teachers: Mapping[str, Path] = field(default_factory=dict)
+    """On-policy distillation instead of the objective: family -> the run folder of the model that its problems are learnt from
+    (minglm.rl.distillation). Rewards are recorded only. In a recipe file paths start from that file's folder."""
+    compute_budget: int = 0
+    """The run ends with the step that reaches it, before `steps`: tokens generated, and three times those trained on, and those
+    that teachers have read; 0: only `steps` ends it."""
     passes: int = 1
     """Optimiser steps on the trajectories of one step; with more than one the objective's clip has something to do."""
     routing_replay: Literal["none", "R2", "R3"] = "none"
@@ -187,11 +198,16 @@ class RLRecipe:
     def __post_init__(self) -> None:
         for key in ("steps", "passes", "tokens_at_once", "evaluation_problems", "checkpoint_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("evaluate_every", "keep", "mtp_weight", "balance_weight"):
+        for key in ("evaluate_every", "keep", "mtp_weight", "balance_weight", "compute_budget"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         unmeasured = self.tasks.curriculum == "pathology" and not self.rewards.uses("pathology")
         wanted = "rewards.pathology above 0, or 'pathology' among rewards.vetoes, which is what measures it"
         require(not unmeasured, "tasks.curriculum", self.tasks.curriculum, wanted)
+        if self.teachers:
+            families, taught = sorted(self.tasks.levels), sorted(self.teachers)
+            require(taught == families, "teachers", taught, f"one for each family of tasks.levels: {', '.join(families)}")
+            wanted = "1 with teachers: they teach by every attempt, with a spread of rewards or without"
+            require(self.sampling.rounds == 1, "sampling.rounds", self.sampling.rounds, wanted)
 
     @property
     def records_experts(self) -> bool:
@@ -221,21 +237,23 @@ def load_rl_recipe(name_or_path: str | Path) -> RLRecipe:
     """
     path = find_config("rl", name_or_path)
     recipe = build(RLRecipe, read_toml_mapping(path), where=str(path))
-    return _with_paths(recipe, lambda found: path.parent / found)
+    return with_paths(recipe, lambda found: path.parent / found)
 
 
 def resolve_base(recipe: RLRecipe) -> RLRecipe:
     """With absolute paths. Raises `ConfigError` where there is no base."""
     if recipe.base is None:
         raise ConfigError("base: missing; wanted the run folder or the folder of the policy to start from")
-    return _with_paths(recipe, Path.resolve)
+    return with_paths(recipe, Path.resolve)
 
 
-def _with_paths(recipe: RLRecipe, change: Callable[[Path], Path]) -> RLRecipe:
+def with_paths(recipe: RLRecipe, change: Callable[[Path], Path]) -> RLRecipe:
+    """With every path as `change` makes it."""
     rewards = dataclasses.replace(
         recipe.rewards, model_folder=recipe.rewards.model_folder and change(recipe.rewards.model_folder)
     )
-    return dataclasses.replace(recipe, base=recipe.base and change(recipe.base), rewards=rewards)
+    teachers = {family: change(folder) for family, folder in recipe.teachers.items()}
+    return dataclasses.replace(recipe, base=recipe.base and change(recipe.base), rewards=rewards, teachers=teachers)
 
 
 def save_rl_recipe(recipe: RLRecipe, path: Path) -> None:

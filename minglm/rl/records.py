@@ -6,9 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from minglm.rl.practice import Practice
+from minglm.rl.recipe import RLRecipe
 from minglm.rl.rewards import by_source
 from minglm.rl.rollout import Trajectory
 from minglm.tokenizer import Tokenizer
@@ -49,6 +50,26 @@ def record_of(practice: Practice) -> dict[str, Any]:
         "failed": len(practice.failed),
         "failures": practice.failures,
     }
+
+
+class StepTokens(NamedTuple):
+    """What a step has cost, in tokens: those that the policy chose, and those that went through the trainer or a teacher,
+    prompts and results of tools included."""
+
+    generated_tokens: int
+    trained_tokens: int
+    teacher_tokens: int
+
+    @property
+    def compute(self) -> int:
+        """In tokens of a forward pass: a backward pass is about two."""
+        return self.generated_tokens + 3 * self.trained_tokens + self.teacher_tokens
+
+
+def tokens_of(practice: Practice, recipe: RLRecipe) -> StepTokens:
+    trained = recipe.passes * sum(len(one.ids) for one in practice.trajectories)
+    generated = sum(one.length for one in (*practice.judged, *practice.failed))
+    return StepTokens(generated, trained, trained if recipe.teachers else 0)
 
 
 def by_family(judged: Sequence[Trajectory]) -> dict[str, float]:

@@ -69,9 +69,10 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Limits:
-    """thinking: True and None leave it to the policy, False forbids it. tokens: of one turn; turns: of one attempt; context:
-    tokens of an attempt that the model reads (None: as many as it has positions); seconds: for the environment to answer a
-    turn. Raises ValueError for whole numbers below 1, and for others that are not above 0."""
+    """thinking: True and None leave it to the policy, False forbids it. opens_thinking: every turn begins within a thinking
+    that the prompt has opened. tokens: of one turn; turns: of one attempt; context: tokens of an attempt that the model reads
+    (None: as many as it has positions); seconds: for the environment to answer a turn. Raises ValueError for whole numbers
+    below 1, for others that are not above 0, and for a thinking that is opened and forbidden."""
 
     tokens: int = 256
     turns: int = 8
@@ -80,8 +81,11 @@ class Limits:
     format_penalty: bool = True
     context: int | None = None
     seconds: float = 300.0
+    opens_thinking: bool = False
 
     def __post_init__(self) -> None:
+        if self.opens_thinking and self.thinking is False:
+            raise ValueError("opens_thinking with thinking False: wanted one of them")
         for name in ("tokens", "turns", "context"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -94,7 +98,16 @@ class Limits:
     def of(cls, sampling: Sampling) -> "Limits":
         """Those of a recipe, at its temperature and full length."""
         s = sampling
-        return cls(max(s.stages), s.turns, s.temperature, MODES[s.thinking], s.format_penalty, s.context, s.environment_seconds)
+        return cls(
+            max(s.stages),
+            s.turns,
+            s.temperature,
+            MODES[s.thinking],
+            s.format_penalty,
+            s.context,
+            s.environment_seconds,
+            s.opens_thinking,
+        )
 
 
 class Asked(NamedTuple):
@@ -180,7 +193,12 @@ class Rollouts:
 
     def _render(self, messages: Sequence[Message], problem: Problem) -> list[int]:
         return render_tokens(
-            self.tokenizer, messages, problem.tools or None, self.limits.thinking, add_generation_prompt=True
+            self.tokenizer,
+            messages,
+            problem.tools or None,
+            self.limits.thinking,
+            add_generation_prompt=True,
+            opens_thinking=self.limits.opens_thinking,
         ).ids
 
 
@@ -243,12 +261,13 @@ class Attempt:
             trajectory.experts = torch.cat(parts)
         if self.finish == "length":
             return self._lose("length", "cut off")
+        text = f"\n<think>{self.text}" if self.rollouts.limits.opens_thinking else self.text
         try:
-            message = parse(self.text, tools or None)
+            message = parse(text, tools or None)
         except ChatError:
             if tools and limits.format_penalty:
                 return self._lose("malformed", "a malformed call")
-            message = {"role": "assistant", "content": self.text}
+            message = {"role": "assistant", "content": text}
         trajectory.response.append(message)
         return partial(self.environment.answer, list(trajectory.response), trajectory.turns >= limits.turns)
 

@@ -218,18 +218,18 @@ class _Server:
         messages = [_as_ours(index, message) for index, message in enumerate(wanted.messages)]
         tools, thinking = wanted.usable_tools, wanted.chat_template_kwargs.enable_thinking
         try:
-            ids = render_tokens(self._tokenizer, messages, tools, thinking, add_generation_prompt=True).ids
             grammar = tool_grammar(tools, wanted.choice_of_tool, thinking, wanted.parallel_tool_calls) if tools else None
+            # The template leaves <think> to the model, which may then choose not to think. Where thinking is asked for, the
+            # grammar of calls makes it write <think>; where there is none, the prompt does.
+            opens = bool(thinking) and grammar is None
+            ids = render_tokens(
+                self._tokenizer, messages, tools, thinking, add_generation_prompt=True, opens_thinking=opens
+            ).ids
         except ChatError as error:
             raise ApiError(400, _sentence(error), param=_param_of(error), code="invalid_message") from error
         except ValueError as error:  # a character that the vocabulary lacks
             raise ApiError(400, _sentence(error), param="messages", code="invalid_message") from error
-        # The template leaves <think> to the model, which may then choose not to think. Where thinking is asked for, the
-        # grammar of calls makes it write <think>; where there is none, the prompt does.
-        opens_thinking = bool(thinking) and grammar is None
-        if opens_thinking:
-            ids = [*ids, *self._tokenizer.encode("\n<think>", allow_special=True)]
-        return ids, grammar, opens_thinking
+        return ids, grammar, opens
 
     def _read_prompt(self, index: int, prompt: str | list[int]) -> list[int]:
         param = f"prompt[{index}]"

@@ -279,7 +279,7 @@ def resolve_paths(recipe: Recipe) -> Recipe:
 
 
 def find_config(
-    kind: Literal["model", "recipe", "sft", "reward", "rl"], name_or_path: str | Path, folder: Path = Path()
+    kind: Literal["model", "recipe", "sft", "reward", "rl", "experts"], name_or_path: str | Path, folder: Path = Path()
 ) -> Path:
     """The TOML file of a model size or recipe: a path from `folder`, or the bare name of one in `configs/`.
 
@@ -299,14 +299,20 @@ def save_recipe(recipe: Any, path: str | Path, command: str = "train") -> None:
     """Write a recipe, of training or of another `command`, as TOML with every key; `load_recipe` reads it back equal."""
     values = _to_mapping(recipe)
     stages = values.pop("stages", ())
-    plain = {key: value for key, value in values.items() if not isinstance(value, dict)}
-    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
-    lines = [f"# The recipe of this run as resolved. `python -m minglm {command}` takes it, too."]
-    lines += [f"{key} = {_toml(value)}" for key, value in plain.items()]
-    listed = [(f"[{name}]", table) for name, table in tables.items()] + [("[[stages]]", stage) for stage in stages]
-    for heading, table in listed:
-        lines += ["", heading, *(f"{key} = {_toml(value)}" for key, value in table.items() if value is not None)]
+    lines = [f"# The recipe of this run as resolved. `python -m minglm {command}` takes it, too.", *_table(values)]
+    for stage in stages:
+        lines += ["", "[[stages]]", *(f"{key} = {_toml(value)}" for key, value in stage.items() if value is not None)]
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _table(values: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """The lines of a table, and behind them those of the tables in it, each under its own heading."""
+    for key, value in values.items():
+        if value is not None and not isinstance(value, Mapping):
+            yield f"{key} = {_toml(value)}"
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from ("", f"[{path}{key}]", *_table(value, f"{path}{key}."))
 
 
 def differences(found: Any, wanted: Any) -> Iterator[str]:
@@ -326,6 +332,8 @@ def _to_mapping(recipe: Any) -> dict[str, Any]:
 def _without_paths(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_without_paths, value))
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

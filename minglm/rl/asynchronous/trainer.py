@@ -152,7 +152,7 @@ class AsynchronousLoop(BufferedLoop):
         self.workers = Workers(folder.path, recipe.asynchronous.workers)
 
     def run(self, stop: StopRequest) -> Outcome:
-        if self.step == self.recipe.steps:
+        if self.finished:
             return super().run(stop)  # which has nothing to do
         self.stop = stop
         print(f"rollout workers: {self.workers.count} here; for more: {WORKER} {self.folder.path}\n")

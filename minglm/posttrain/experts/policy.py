@@ -1,0 +1,84 @@
+"""A trained model at work: attempts at problems in a mode, for what experts are to teach and for exams."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from tqdm import tqdm
+
+from minglm import ops
+from minglm.checkpoint import load_model
+from minglm.engine.engine import Engine
+from minglm.rl.recipe import RLRecipe
+from minglm.rl.rewards import combined
+from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory
+from minglm.tasks import FAMILIES
+from minglm.tasks.task import Problem, problems
+from minglm.tokenizer import Tokenizer
+from minglm.train.device import choose_device
+
+Mode = Literal["thinking", "non-thinking", "automatic"]
+AT_ONCE = 512  # attempts between two looks at the progress
+DRAWS_A_PROBLEM = 8  # before a small pool is taken for exhausted
+
+
+class Placed(NamedTuple):
+    """A problem, and the pool that it was drawn from."""
+
+    family: str
+    level: int
+    problem: Problem
+
+
+def different(
+    levels: Mapping[str, tuple[int, ...]], split: Literal["train", "held_out"], seed: int, count: int
+) -> list[Placed]:
+    """Up to `count` different problems of each pool; fewer where there are no more."""
+    found = []
+    for family, some in levels.items():
+        for level in some:
+            own: dict[str, Placed] = {}
+            for problem in islice(problems(FAMILIES[family], split, seed, [level]), DRAWS_A_PROBLEM * count):
+                own.setdefault(problem.key, Placed(family, level, problem))
+                if len(own) == count:
+                    break
+            found += own.values()
+    return found
+
+
+class Policy:
+    """The model of a folder, which attempts problems as the recipe's policy does: within its lengths, judged by its rewards."""
+
+    def __init__(self, folder: Path, recipe: RLRecipe):
+        device = choose_device(recipe.hardware).torch_device
+        self.tokenizer = Tokenizer.from_pretrained(folder)
+        self.gear = recipe.hardware.gear
+        sampling = recipe.sampling
+        at_once = sampling.groups * sampling.group_size
+        model = load_model(folder, device=device).eval()
+        engine = Engine(model, self.tokenizer, gear=self.gear, max_running=at_once)
+        judge = combined(recipe.rewards, device)
+        self.limits = Limits.of(sampling)
+        self.rollouts = Rollouts(engine, self.tokenizer, self.limits, judge=judge.apply)
+
+    def attempt(self, asked: Sequence[Asked], mode: Mode, temperature: float, about: str) -> list[Trajectory]:
+        """In order. thinking: every turn begins within a thinking; automatic: the model chooses."""
+        thinks = {"thinking": True, "non-thinking": False, "automatic": None}[mode]
+        self.rollouts.limits = replace(self.limits, thinking=thinks, opens_thinking=mode == "thinking", temperature=temperature)
+        found = []
+        with ops.using(self.gear), tqdm(total=len(asked), desc=f"{about}, {mode}", unit="attempt", leave=False) as bar:
+            for start in range(0, len(asked), AT_ONCE):
+                found += self.rollouts.collect(asked[start : start + AT_ONCE])
+                bar.update(len(found) - start)
+        return found
+
+
+def is_right(one: Trajectory) -> bool:
+    """Whether the problem's own verifier has nothing to say against it. What was cut off or malformed has not been asked."""
+    return one.parts.get("verifier", 0.0) >= 1
+
+
+def has_thought(one: Trajectory) -> bool:
+    return any((message.get("reasoning_content") or "").strip() for message in one.response)

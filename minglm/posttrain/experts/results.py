@@ -1,0 +1,119 @@
+"""The tables of an expert iteration, as results.json and results.md; of several seeds, with intervals over them."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minglm.chat import MODES
+from minglm.evals.interval import Estimate, mean
+from minglm.posttrain.experts.exam import Sat, score, summary
+from minglm.posttrain.experts.harvest import counts_table, read_counts
+from minglm.posttrain.experts.recipe import ExpertsRecipe
+
+if TYPE_CHECKING:
+    from minglm.posttrain.experts.pipeline import Made
+
+RESULTS, TABLE = "results.json", "results.md"
+COLUMNS = {
+    "base": "base",
+    "start": "SFT",
+    "expert": "experts, each in its domain",
+    "unified": "unified",
+    "unified_rl": "unified, after RL",
+}
+Table = dict[str, dict[str, dict[str, Any]]]
+"""Column -> row (a family, a family and a difficulty, "all DOMAIN", "all") -> mode -> `exam.summary`."""
+
+
+def write_results(recipe: ExpertsRecipe, folder: Path, sat: Mapping[str, Sequence[Sat]], made: "Made") -> None:
+    """sat: of each model, by name, its attempts at the problems that judge."""
+    kept = made.kept.number
+    experts = [one for domain in recipe.experts for one in sat[f"expert-{domain}"]]
+    columns = {"base": sat["base"], "start": sat["start"], "expert": experts}
+    columns |= {"unified": sat[f"unified-{kept}"], "unified_rl": sat[f"unified-{kept}-rl"]}
+    table = {column: _rows(own, recipe.domain_of) for column, own in columns.items()}
+    answers = {one.number: {domain: read_counts(path) for domain, path in one.answers.items()} for one in made.rounds}
+    results = {
+        "seed": recipe.seed,
+        "kept_round": kept,
+        "scores": {name: score(own, recipe.domain_of) for name, own in sat.items()},
+        "table": table,
+        "gates": [one.gate for one in made.rounds],
+        "answers": answers,
+        "checkpoints": {"base": str(recipe.base), "start": str(made.start), "unified_rl": str(made.kept.rl)},
+    }
+    parts = ["# Expert iteration", _introduction(recipe.exam.problems), *_sections(table, recipe)]
+    rounds = (f"- round {one.number}: score {one.gate['score']:.3f}, {one.gate['reason']}" for one in made.rounds)
+    parts += ["## Rounds", "\n".join(rounds)]
+    for number, counts in answers.items():
+        parts += [f"## Answers of round {number}", counts_table(counts)]
+    _write(folder, results, "\n\n".join(parts))
+
+
+def write_results_of_seeds(recipe: ExpertsRecipe, folder: Path, folders: Sequence[Path]) -> None:
+    """The same table with means and Student's intervals over the iterations of several seeds; of what one of them lacks,
+    over the others."""
+    found = [json.loads((one / RESULTS).read_text(encoding="utf-8"))["table"] for one in folders]
+    table: Table = {}
+    for column, rows in found[0].items():
+        for row, modes in rows.items():
+            for mode in modes:
+                own = [one[column][row][mode] for one in found if one[column].get(row, {}).get(mode)]
+                if own:
+                    numbers = {key: _over([each[key][0] for each in own]) for key in ("reward", "tokens")}
+                    table.setdefault(column, {}).setdefault(row, {})[mode] = {**numbers, "seeds": len(own)}
+    text = [
+        f"# Expert iteration, {len(folders)} seeds",
+        "Means over seeds with 95% intervals (Student's t).",
+    ]
+    _write(folder, {"table": table}, "\n\n".join([*text, *_sections(table, recipe)]))
+
+
+def _over(values: Sequence[float]) -> list[float | None]:
+    found = mean(values)
+    return [found.value, found.low, found.high]
+
+
+def _introduction(problems: int) -> str:
+    return (
+        f"Mean reward on held-out problems ({problems} of each difficulty, or as many as there are) with its 95% interval, and "
+        "the mean number of tokens of an answer. thinking: the prompt has opened it; automatic: the model chooses."
+    )
+
+
+def _rows(sat: Sequence[Sat], domain_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    groups: dict[str, list[Sat]] = {}
+    for one in sat:
+        for row in ("all", f"all {domain_of[one.family]}", one.family, f"{one.family} {one.level}"):
+            groups.setdefault(row, []).append(one)
+    return {row: {mode: summary([one for one in own if one.mode == mode]) for mode in MODES} for row, own in groups.items()}
+
+
+def _sections(table: Table, recipe: ExpertsRecipe) -> Iterator[str]:
+    """A table of each domain, families and modes being its rows, the models its columns; and one of all together."""
+    for domain, expert in recipe.experts.items():
+        yield f"## {domain}"
+        yield _markdown(table, [*expert.tasks.levels, f"all {domain}"])
+    yield "## all domains"
+    yield _markdown(table, ["all"])
+
+
+def _markdown(table: Table, rows: Sequence[str]) -> str:
+    lines = [f"| | mode | {' | '.join(COLUMNS.values())} |", f"|---|---|{'---|' * len(COLUMNS)}"]
+    for row in rows:
+        for mode in MODES:
+            cells = [_cell(table.get(column, {}).get(row, {}).get(mode)) for column in COLUMNS]
+            lines.append(f"| {row} | {mode} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "no verdict"
+    return f"{Estimate(*found['reward'], count=0).text(2)}; {found['tokens'][0]:.0f} tokens"
+
+
+def _write(folder: Path, results: Any, text: str) -> None:
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
