@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 
 WORDS = re.compile(r"[A-Za-z_]\w*")
-LONGEST_DIFF = 60  # lines: longer ones say little that is new
+LONGEST_DIFF = 100  # lines: longer ones say little that is new
 
 
 Files = Sequence[tuple[str, str]]  # (path, text)

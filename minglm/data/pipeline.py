@@ -6,7 +6,7 @@
 | -------------- | ---------------------------------- | -------------------------------------------------------------------- |
 | "prose"        | prose_best, prose_good, prose_fair | manual, descriptions, docstrings, by quality, the worst dropped      |
 | "code"         | code                               | source files; a share of them as pieces to fill in the middle        |
-| "repositories" | repositories                       | files with those that they import, some with a commit (a diff)       |
+| "repositories" | repositories                       | files with those that they import, most with a commit (a diff)       |
 
 Near duplicates and all but a few pages of one template are dropped. Every document says its split, and no training
 document has 13 words in a row in common with a held-out one. Held-out code is never cut for filling in, so that losses on
@@ -38,13 +38,15 @@ SOURCES = {
         "docstrings/matplotlib",
     ),
     "code": ("code/standard_library", "code/numpy"),
+    "repositories": ("code/sympy",),  # beside those of "code": few packages use so many names of their own files
 }
+LONGEST_FILE = 30_000  # characters, of those that are read for repositories alone: few documents have room for more
 # One module in 50 is held out, and few of them import from each other. These packages are held out whole, so that there are
 # repositories among the held-out documents.
 HELD_OUT_REPOSITORIES = frozenset({"asyncio", "concurrent", "email", "xml"})
 HELD_OUT_SHARE = 0.1  # of an ingredient's limit: so much held-out text there may be beside the training text
 
-VERSION = 1  # raise it when the same packages give other documents
+VERSION = 2  # raise it when the same packages give other documents
 
 
 def stage_corpus(
@@ -106,7 +108,7 @@ def describe(documents: Iterable[Document]) -> list[str]:
 
 def _kinds(ingredients: Iterable[str]) -> list[str]:
     """What must be read for them."""
-    wanted = {"prose" if name == "prose" else "code" for name in ingredients}
+    wanted = {*ingredients, "code"} if "repositories" in ingredients else set(ingredients)
     return [kind for kind in SOURCES if kind in wanted]
 
 
@@ -117,6 +119,8 @@ def _documents(
     if "prose" in raw:
         judge = learn(*labelled_passages((document for document in raw["prose"] if document.split == TRAIN), seed))
         raw["prose"] = without_template_pages(_limited(raw["prose"], ingredients["prose"]))
+    if "repositories" in raw:
+        raw["repositories"] = [document for document in raw["repositories"] if len(document.text) <= LONGEST_FILE]
     clean = _clean([document for documents in raw.values() for document in documents], progress)
     made: list[Document] = []
     if "prose" in raw:
@@ -124,7 +128,7 @@ def _documents(
         made += sort_by_quality(prose, judge)
     files = [document for document in clean if document.domain == "code"]
     if "code" in ingredients:
-        code = _limited(files, ingredients["code"])
+        code = _limited([file for file in files if file.source in SOURCES["code"]], ingredients["code"])
         made += fill_in_the_middle((d for d in code if d.split == TRAIN), fim_rate, fim_characters, seed)
         made += (d for d in code if d.split == HELD_OUT)
     if "repositories" in ingredients:

@@ -27,7 +27,6 @@ from minglm.data.commits import WORDS, commit
 from minglm.data.sources import Document, split_of, without_garbage_collector
 
 DOMAIN = "repositories"
-COMMIT_ONE_IN = 3  # documents that end with a commit
 USES_A_FILE = 3  # parts of a file that are shown for each one that it imports
 NAMES_A_DOCUMENT = 4  # at most, where files do not fit whole
 FEWEST_CHARACTERS = 300  # of a document
@@ -182,8 +181,9 @@ def _texts(
 
 
 def _joined(files: Sequence[tuple[str, str]], rng: random.Random) -> Iterator[str]:
-    """The files in one text, sometimes followed by a commit; nothing where that is too short to be worth it."""
-    change = commit(files, rng) if files and rng.randrange(COMMIT_ONE_IN) == 0 else None
+    """The files in one text, followed by a commit where there is one to make: what it repeats of them teaches to copy, and so
+    to use names of other files, with few tokens. Nothing where the whole is too short to be worth it."""
+    change = commit(files, rng) if files else None
     shown, after = change or (files, "")
     text = "".join(f"# file: {path}\n{_ending(content)}\n" for path, content in shown) + after
     if len(text) >= FEWEST_CHARACTERS:
