@@ -89,8 +89,8 @@ def write_base(folder: Path) -> Path:
 
 def small_recipe(base: Path, **changes: object) -> ExpertsRecipe:
     start = SFTRecipe(
-        Conversations(samples=40, families=("say_yes", "say_no"), mode_prompts=0),
-        Training(sequence_length=48, sequences_per_step=4, sequences_per_micro_batch=4, steps=40),
+        conversations=Conversations(samples=40, families=("say_yes", "say_no"), mode_prompts=0),
+        training=Training(sequence_length=48, sequences_per_step=4, sequences_per_micro_batch=4, steps=40),
         optimizer=Optimizer(learning_rate=2e-2),
         schedule=Schedule(warmup_steps=2),
         evaluation=Evaluation(every=40, tokens=100),
