@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from scipy.special import stdtrit
+
 from minglm.evals.exam import by_suite, read_rows
-from minglm.evals.interval import Estimate, mean, student_quantile
+from minglm.evals.interval import Estimate, mean
 from minglm.evals.measure import EvaluationError
 
 NORMAL_80 = 0.8416212335729143  # the 80% quantile of the normal distribution
@@ -54,7 +56,7 @@ def smallest_detectable(differences: Sequence[float]) -> float | None:
         return None
     centre = sum(differences) / n
     variance = sum((one - centre) ** 2 for one in differences) / (n - 1)
-    return (student_quantile(n - 1) + NORMAL_80) * math.sqrt(max(variance, 1 / n) / n)
+    return (float(stdtrit(n - 1, 0.975)) + NORMAL_80) * math.sqrt(max(variance, 1 / n) / n)
 
 
 def answers_of(path: Path) -> Path:
