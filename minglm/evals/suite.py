@@ -30,7 +30,8 @@ CODE, REPOSITORIES = "code", "repositories"  # domains
 LIMIT = 16
 SHORTEST_WINDOW = 32  # tokens
 WINDOW = 512  # tokens of a held-out document that are read at once
-LONGEST_VIEW = 2048  # tokens, half of them of other files
+LONGEST_VIEW = 2048  # tokens, half of them of other files where names are asked for
+LONG_DOMAINS = (REPOSITORIES, "long_documents")
 SHORTEST_NEEDLE, LONGEST_NEEDLE = 128, 2048  # tokens; each length is twice the one before
 BITS_TOKENS = 512  # of each domain, times the limit
 
@@ -63,11 +64,18 @@ class Subject:
     def domains(self) -> list[str]:
         return [] if self.dataset is None else self.dataset.held_out_domains
 
+    @property
+    def views(self) -> list[int]:
+        """The tokens that are read at once, and the most that may be."""
+        return list(dict.fromkeys((self.window, min(self.model.config.max_position_embeddings, LONGEST_VIEW))))
+
 
 def _bits(subject: Subject) -> Iterator[Measure | None]:
+    """With the short view; documents that are made of many pieces with the longest, too."""
     tokens = BITS_TOKENS * subject.limit
     for domain in subject.domains:
-        yield likelihood.bits_per_byte(subject.scorer, subject.dataset, domain, subject.window, tokens, subject.seed)
+        for view in subject.views if domain in LONG_DOMAINS else (subject.window,):
+            yield likelihood.bits_per_byte(subject.scorer, subject.dataset, domain, view, tokens, subject.seed)
 
 
 def _completion(subject: Subject) -> Iterator[Measure | None]:
@@ -84,8 +92,7 @@ def _fim(subject: Subject) -> Iterator[Measure]:
 
 def _names(subject: Subject) -> Iterator[Measure]:
     """With a short view, that every stage has learnt, and with the longest."""
-    views = dict.fromkeys((subject.window, min(subject.model.config.max_position_embeddings, LONGEST_VIEW)))
-    for view in views if REPOSITORIES in subject.domains else ():
+    for view in subject.views if REPOSITORIES in subject.domains else ():
         yield from names_of_other_files(subject.scorer, subject.dataset, REPOSITORIES, view, 2 * subject.limit, subject.seed)
 
 
