@@ -120,6 +120,7 @@ def run_until(recipe, folder: Path, sight: str) -> None:
     run_experts(recipe, folder)
 
 
+@pytest.mark.slow
 def test_an_iteration_that_is_killed_again_and_again_ends_with_the_same_bits(undisturbed, base, tmp_path):
     folder = tmp_path / "run"
     for sight in ("start/checkpoints/step-20", "experts/agent/rollouts", "round-1/answers/reasoning", "round-1/rl/rollouts"):
@@ -134,6 +135,7 @@ def test_an_iteration_that_is_killed_again_and_again_ends_with_the_same_bits(und
         assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_three_ways_are_compared_at_equal_compute(undisturbed, base):
     found = compare(small_recipe(base), undisturbed)
     assert tuple(found) == PATHS

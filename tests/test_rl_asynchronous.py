@@ -469,6 +469,7 @@ def run_with_kills(base, folder, steps, kills, workers, seed):
     return victims
 
 
+@pytest.mark.slow
 def test_trainer_and_worker_are_killed_and_no_sample_is_lost_or_doubled(base, tmp_path):
     victims = run_with_kills(base, tmp_path / "run", steps=12, kills=3, workers=1, seed=3)
     assert victims["trainer"] and victims["worker"]

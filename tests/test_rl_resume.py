@@ -54,6 +54,7 @@ def recipe(base) -> RLRecipe:  # noqa: F811
     )
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(recipe, tmp_path):
     assert finished(run_counting, recipe, tmp_path / "whole", tmp_path / "calls", run) == 0
     total = int((tmp_path / "calls").read_text())

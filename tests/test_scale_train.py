@@ -21,7 +21,7 @@ from scale.mesh import Layout, LayoutError
 from scale.train import check, main, train
 
 ROOT = Path(__file__).parents[1]
-STEPS = 8
+STEPS = 12
 
 
 @pytest.fixture(scope="module")
