@@ -141,7 +141,7 @@ def _plot_learning_rate(axes: Axes, steps: Records) -> None:
 def _plot_gradient_norm(axes: Axes, steps: Records) -> None:
     axes.set_title("gradient norm before clipping")
     _plot_noisy(axes, _column(steps, "step"), _column(steps, "gradient_norm"), BLUE)
-    axes.set_yscale("log")
+    axes.set_yscale("log", subs=(2, 5))  # a run rarely spans two powers of ten
     for axis_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
         axis_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     _finish_steps(axes)
