@@ -13,6 +13,7 @@ from small_run import MODEL, run_small, small_recipe
 from minglm.__main__ import main
 from minglm.config import GLMConfig
 from minglm.data.shards import open_dataset
+from minglm.evals import suite
 from minglm.evals.interval import Estimate, share
 from minglm.evals.measure import EvaluationError, Measure, Results, direction, scored, summed, table
 from minglm.evals.suite import PARTS, evaluate, needle_lengths_of, parts_of
@@ -84,6 +85,16 @@ def test_the_rope_base_is_the_checkpoints(run, tmp_path):
     dataset = open_dataset(run / "data" / "tokens", tokenizer)
     found, changed = (evaluate(GLM.from_pretrained(f).eval(), tokenizer, dataset, "bits", 4) for f in (folder, copy))
     assert found.measures != changed.measures
+
+
+def test_documents_of_many_pieces_are_read_with_the_longest_view_too(run, monkeypatch):
+    monkeypatch.setattr(suite, "LONG_DOMAINS", ("code",))
+    folder = RunFolder(run).stage_checkpoints()["long"]
+    tokenizer, model = Tokenizer.from_pretrained(folder), GLM.from_pretrained(folder).eval()
+    dataset, longest = open_dataset(run / "data" / "tokens", tokenizer), model.config.max_position_embeddings
+    found = [(m.name, m.quantity) for m in evaluate(model, tokenizer, dataset, "bits", 4, window=32).measures]
+    views = {"prose": (32,), "code": (32, longest)}
+    assert sorted(found) == sorted((name, f"bits per byte, windows of {view}") for name in views for view in views[name])
 
 
 def test_what_was_judged_is_read_again_unless_something_changed(run, tmp_path, capsys):
