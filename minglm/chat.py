@@ -38,6 +38,7 @@ from minglm.tokenizer import SPECIAL_TOKENS, Tokenizer
 # The three modes by name. The template knows two: automatic differs from thinking in training, not in text. There the
 # model chooses by the task whether to open with `<think>` and a reasoning or with `<think></think>`.
 MODES: dict[str, bool | None] = {"thinking": True, "non-thinking": False, "automatic": None}
+OPENS_THINKING = "\n<think>"  # how a turn that thinks begins
 
 TOOLS_HEAD = (
     "<|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
@@ -87,6 +88,11 @@ class Rendered:
 
     ids: list[int]
     assistant_mask: list[bool]
+
+
+def has_thought(response: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any of the messages holds a reasoning that is more than blanks."""
+    return any((message.get("reasoning_content") or "").strip() for message in response)
 
 
 def render(
@@ -156,7 +162,7 @@ def render_tokens(
         raise ChatError("opens_thinking with enable_thinking False; wanted one of them", key="enable_thinking")
     pieces = _pieces(messages, tools, enable_thinking, add_generation_prompt, keep_reasoning, opens_thinking)
     if opens_thinking and add_generation_prompt:
-        pieces += _template_text("\n<think>")
+        pieces += _template_text(OPENS_THINKING)
     if end_of_turn and not add_generation_prompt and messages and messages[-1]["role"] == "assistant":
         mark = "<|observation|>" if messages[-1].get("tool_calls") else "<|user|>"
         pieces.append(Piece(mark, is_mark=True, by_model=True))
@@ -284,7 +290,7 @@ def _assistant_pieces(
     yield Piece("<|assistant|>", is_mark=True)
     # The model wrote the thinking that stands here, unless the prompt did or a longer one was dropped.
     by_model = asked_to_think and (keep or not reasoning)
-    yield from _template_text("\n<think>", by_model and not opens_thinking)
+    yield from _template_text(OPENS_THINKING, by_model and not opens_thinking)
     yield Piece(reasoning if keep else "", by_model=by_model)
     yield from _template_text("</think>", by_model)
     if content:

@@ -250,7 +250,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 
 EXAM = ["--benchmark", "families", "gpqa", "aime", "terminal_bench", "--data", "published", "--families", "arithmetic"]
-SMALL = ["--limit", "2", "--tokens", "12", "--levels", "1", "--modes", "automatic", "non_thinking"]
+SMALL = ["--limit", "2", "--tokens", "12", "--levels", "1", "--modes", "automatic", "non-thinking"]
 
 
 def test_an_exam_of_a_folder_is_written_read_again_and_compared(folder, capsys):

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from minglm.chat import ChatError, parse, render_tokens
+from minglm.chat import OPENS_THINKING, ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import Completion
@@ -22,7 +22,6 @@ from minglm.tokenizer import Tokenizer
 FEWEST_NEW_TOKENS = 8  # with room for fewer a problem is left out: it could not be answered
 MORE_TURNS = 2  # than the demonstration needs
 AT_ONCE = 16  # questions to an endpoint
-OPENS_THINKING = "\n<think>"
 Asked = Problem | Question
 
 
@@ -93,8 +92,14 @@ class ChatForm:
 
     def prompt(self, problem: Asked, response: Sequence[Message], room: int) -> list[int]:
         conversation = [*problem.messages, *response]
-        ids = render_tokens(self.tokenizer, conversation, problem.tools or None, self.thinking, add_generation_prompt=True).ids
-        return ids + (self.tokenizer.encode(OPENS_THINKING, allow_special=True) if self.thinking else [])
+        return render_tokens(
+            self.tokenizer,
+            conversation,
+            problem.tools or None,
+            self.thinking,
+            add_generation_prompt=True,
+            opens_thinking=self.thinking is True,
+        ).ids
 
     def turn(self, problem: Asked, message: Message) -> list[int]:
         before = self.prompt(problem, (), 0)

@@ -57,7 +57,7 @@ class Eval:
     """Ask a model behind this OpenAI-compatible URL (key: MINGLM_EVAL_KEY), which --model names, instead of a folder's."""
     model: str | None = None
     """With --endpoint: what it calls the model."""
-    modes: tuple[Literal["thinking", "non_thinking", "automatic"], ...] = ("thinking", "non_thinking", "automatic")
+    modes: tuple[Literal["thinking", "non-thinking", "automatic"], ...] = ("thinking", "non-thinking", "automatic")
     """Of an exam."""
     samples: int = 1
     """Answers to each question of an exam; several give pass@k and pass^k."""

@@ -8,7 +8,7 @@ from minglm.evals.measure import EvaluationError
 from minglm.tasks.task import Message
 
 KEY = "MINGLM_EVAL_KEY"  # the environment variable with the endpoint's API key
-GRADER_KEY = "MINGLM_GRADER_KEY"  # as the rewards of RL read it
+GRADER_KEY = "MINGLM_GRADER_KEY"  # of a model that grades, for exams and for the rewards of RL
 SECONDS = 600.0  # for an answer
 RETRIES = 4
 

@@ -14,13 +14,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minglm.chat import has_thought
 from minglm.evals.attempts import Attempt, Writer, attempt
 from minglm.evals.benchmarks.question import Question
 from minglm.evals.interval import Estimate
 from minglm.evals.measure import EvaluationError, Measure, scored, summed
 from minglm.evals.passes import ks_of, pass_all, pass_at
 
-MODES: dict[str, bool | None] = {"thinking": True, "non_thinking": False, "automatic": None}
 TOGETHER = 64  # answers between two looks at what is left to ask
 Row = dict[str, Any]
 
@@ -90,14 +90,13 @@ def _seed(seed: int, key: Sequence[Any]) -> int:
 
 
 def _row(key: Sequence[Any], one: Attempt) -> Row:
-    turns = [message for message in one.response if message["role"] == "assistant"]
     reasons = [one.unjudged] if one.unjudged else list(one.verdict.reasons)
     return {
         **dict(zip(("suite", "id", "mode", "sample", "asked"), key, strict=True)),
         "reward": None if one.unjudged else one.verdict.reward,
         "reasons": reasons,
         "tokens": one.tokens,
-        "thought": any((message.get("reasoning_content") or "").strip() for message in turns),
+        "thought": has_thought(one.response),
         "cut": one.cut,
         "too_long": one.too_long,
         "response": one.response,

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minglm.chat import MODES
 from minglm.config import ConfigError
 from minglm.evals.attempts import ChatForm, EndpointWriter, EngineWriter, Writer
 from minglm.evals.benchmarks.question import Question
 from minglm.evals.benchmarks.registry import BENCHMARKS, load
 from minglm.evals.compare import ANSWERS, compare, table_of
 from minglm.evals.endpoint import GRADER_KEY, Endpoint
-from minglm.evals.exam import MODES, drawn, measures_of, overview, plot, sit, unjudged
+from minglm.evals.exam import drawn, measures_of, overview, plot, sit, unjudged
 from minglm.evals.families import by_group
 from minglm.evals.families import questions as family_questions
 from minglm.evals.measure import Results, table

@@ -26,6 +26,11 @@ class Estimate:
     high: float | None
     count: int
 
+    @property
+    def numbers(self) -> list[float | None]:
+        """Value, low, high: for JSON."""
+        return [self.value, self.low, self.high]
+
     def text(self, digits: int = 3) -> str:
         """`0.250 [0.145, 0.396]`; `0.250 [?]` without an interval."""
         interval = "?" if self.low is None or self.high is None else f"{self.low:.{digits}f}, {self.high:.{digits}f}"

@@ -45,7 +45,7 @@ class PairTrainer(SFTTrainer):
         found = {**reliability(margins.numpy()), "by_source": {}}
         for name in sorted(set(sources)):
             own = share([score for score, source in zip(right(margins).tolist(), sources, strict=True) if source == name])
-            found["by_source"][name] = [own.value, own.low, own.high]
+            found["by_source"][name] = own.numbers
         self.standing = f"held-out accuracy {Estimate(*found['accuracy'], len(margins)).text()}"
         if self.step == 0 or self.plan.is_border(self.step):
             self.bar.write(f"step {self.step}: {self.standing} of {len(margins)} pairs")
@@ -71,7 +71,7 @@ def reliability(margins: Sequence[float]) -> dict[str, Any]:
     bins = [(confidence[which == b], scores[which == b]) for b in range(BINS) if (which == b).any()]
     return {
         "loss": float(np.logaddexp(0, -margins).mean()),
-        "accuracy": [accuracy.value, accuracy.low, accuracy.high],
+        "accuracy": accuracy.numbers,
         "calibration_error": float(sum(abs(c.mean() - s.mean()) * len(c) for c, s in bins) / len(margins)),
         "bins": [[float(c.mean()), float(s.mean()), len(c)] for c, s in bins],
         "pairs": len(margins),

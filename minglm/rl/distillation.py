@@ -22,7 +22,6 @@ from torch import Tensor
 from minglm.checkpoint import load_model
 from minglm.config import ConfigError, GLMConfig
 from minglm.model import GLM, LossTotals
-from minglm.rl.gaps import measure_gaps
 from minglm.rl.learner import PolicyLearner, StepNumbers
 from minglm.rl.rollout import Trajectory
 from minglm.rl.rows import Rows
@@ -75,19 +74,16 @@ class DistillationLearner(PolicyLearner):
         version: int | None = None,
     ) -> StepNumbers:
         """As that of `PolicyLearner`; groups make no difference."""
-        device = self.device.torch_device
-        chosen = list(self.micro_batches(trajectories))
-        batches = [Rows.of([trajectories[i] for i in indices], device) for indices in chosen]
+        chosen, batches = self.rows_of(trajectories)
         teachers = [self.teachers[trajectories[indices[0]].problem.family] for indices in chosen]
         before = self.before(batches)
         total, totals = sum(rows.sampled.sum() for rows in batches), self.totals(batches)
-        loss = torch.zeros((), device=device)
+        loss = torch.zeros((), device=self.device.torch_device)
         for _ in range(self.passes):
             for rows, teacher, experts in zip(batches, teachers, before.replayed, strict=True):
                 loss += self.follow(rows, teacher, experts, total, totals)
             norm = self.update(learning_rate_factor)
-        gaps = measure_gaps(batches, before.old, before.unreplayed, before.experts, version)
-        entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, before.old, strict=True)]).mean().item()
+        gaps, entropy = self.looked_at(batches, before, version)
         return StepNumbers((loss / self.passes).item(), 0.0, norm.item(), 0.0, 0.0, entropy, 1.0, gaps)
 
     def follow(self, rows: Rows, teacher: GLM, experts: Tensor | None, total: Tensor, totals: LossTotals) -> Tensor:
@@ -95,13 +91,15 @@ class DistillationLearner(PolicyLearner):
         the whole step that count."""
         own, stage = rows.sampled, self.stage
         temperatures = rows.temperatures[own][:, None]
-        with torch.no_grad():
+        with torch.no_grad(), self.device.autocast():
             hidden = teacher.hidden_and_experts(rows.input_ids, rows.document_ids)[0]
             wanted = teacher.lm_head(hidden[own]).float() / temperatures
         with self.model.replaying(experts):
-            hidden, mtp, balance = self.model.hidden_and_side_losses(
-                rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
-            )
-            loss = reverse_kl(self.model.lm_head(hidden[own]).float() / temperatures, wanted).sum() / total.clamp(min=1)
+            with self.device.autocast():
+                hidden, mtp, balance = self.model.hidden_and_side_losses(
+                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
+                )
+                ours = self.model.lm_head(hidden[own]).float() / temperatures
+            loss = reverse_kl(ours, wanted).sum() / total.clamp(min=1)
             (loss + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
         return loss.detach()

@@ -27,7 +27,7 @@ class HeldOut(NamedTuple):
     def record(self) -> dict[str, Any]:
         """For metrics.jsonl."""
         return {
-            "rewards": {name: [e.value, e.low, e.high] for name, e in self.rewards.items()},
+            "rewards": {name: estimate.numbers for name, estimate in self.rewards.items()},
             "by_source": by_source(self.judged),
             "length": statistics.fmean(one.length for one in self.judged),
             "ends": dict(Counter(one.end for one in self.judged)),

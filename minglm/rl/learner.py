@@ -121,6 +121,11 @@ class PolicyLearner(Learner):
         if chosen:
             yield chosen
 
+    def rows_of(self, trajectories: Sequence[Trajectory]) -> tuple[list[list[int]], list[Rows]]:
+        """The indices of each micro-batch, and its rows on the device."""
+        chosen = list(self.micro_batches(trajectories))
+        return chosen, [Rows.of([trajectories[i] for i in indices], self.device.torch_device) for indices in chosen]
+
     def log_probs(self, model: GLM, rows: Rows) -> Tensor:
         """Of the labels, (b, t) fp32; 0 where the policy did not choose."""
         return self._of_labels(model, model.hidden_and_experts(rows.input_ids, rows.document_ids)[0], rows)
@@ -169,8 +174,7 @@ class PolicyLearner(Learner):
         The denominators are of the whole step, so that neither packing nor micro-batches change it.
         """
         device = self.device.torch_device
-        chosen = list(self.micro_batches(trajectories))
-        batches = [Rows.of([trajectories[i] for i in indices], device) for indices in chosen]
+        chosen, batches = self.rows_of(trajectories)
         before = self.before(batches)
         old, reference, values = before[:3]
         found = self._advantages(trajectories, groups, chosen, batches, old, reference, values)
@@ -196,11 +200,17 @@ class PolicyLearner(Learner):
             for one in known:
                 numbers += self.backward(one, total, totals)
             norm = self.update(learning_rate_factor)
-        gaps = measure_gaps(batches, old, before.unreplayed, before.experts, version)
-        entropy = -torch.cat([ours[rows.sampled] for rows, ours in zip(batches, old, strict=True)]).mean().item()
+        gaps, entropy = self.looked_at(batches, before, version)
         informative = found.informative.float().mean().item()
         loss, critic_loss, clipped, dropped = (numbers / self.passes).tolist()
         return StepNumbers(loss, critic_loss, norm.item(), clipped, dropped, entropy, informative, gaps)
+
+    @staticmethod
+    def looked_at(batches: Sequence[Rows], before: Before, version: int | None) -> tuple[Gaps, float]:
+        """The gap between trainer and sampler, and the entropy of what was sampled: as the step has begun."""
+        gaps = measure_gaps(batches, before.old, before.unreplayed, before.experts, version)
+        own = [ours[rows.sampled] for rows, ours in zip(batches, before.old, strict=True)]
+        return gaps, -torch.cat(own).mean().item()
 
     def totals(self, batches: Sequence[Rows]) -> LossTotals:
         """What the side losses divide by: the targets of the whole step."""

@@ -221,7 +221,7 @@ class Loop:
             self.rollouts.limits = replace(self.limits, temperature=value)
             found[value] = attempt_held_out(self.rollouts, self.validation).rewards["all"]
         self.temperature.choose({value: estimate.value for value, estimate in found.items()})
-        rewards = [[value, e.value, e.low, e.high] for value, e in found.items()]
+        rewards = [[value, *estimate.numbers] for value, estimate in found.items()]
         self.metrics.write({"step": self.step, "kind": "temperature", "rewards": rewards, "chosen": self.temperature.value})
 
     def save(self) -> None:

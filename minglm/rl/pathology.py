@@ -59,17 +59,23 @@ def _texts(message: Message) -> Iterator[str]:
             yield text
 
 
+def periodic(codes: np.ndarray, longest: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """For each period from 1 to `longest`, which is shorter than the codes: where the stretches of them that have it begin, and
+    how long they are, (stretches,) each. One without a repetition is as long as its period."""
+    for period in range(1, longest + 1):
+        # A stretch of period p and length n is n - p places in a row that equal the place p further on.
+        differ = np.flatnonzero(codes[period:] != codes[:-period])
+        edges = np.concatenate([[-1], differ, [len(codes) - period]])
+        yield period, edges[:-1] + 1, np.diff(edges) - 1 + period
+
+
 def _repetition(text: str) -> Iterator[str]:
     """The longest loop: a stretch of `CHARACTERS` or more that repeats a round of at most `UNIT` characters `TIMES` or more."""
     codes = np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), np.uint32)
     best, unit = 0, ""
-    for period in range(1, min(UNIT, len(codes) // TIMES) + 1):
-        # A stretch of period p and length n is n - p places in a row that equal the place p further on.
-        differ = np.flatnonzero(codes[period:] != codes[:-period])
-        edges = np.concatenate([[-1], differ, [len(codes) - period]])
-        lengths = np.diff(edges) - 1 + period
+    for period, starts, lengths in periodic(codes, min(UNIT, len(codes) // TIMES)):
         for at in np.flatnonzero(lengths >= max(CHARACTERS, TIMES * period)):
-            start = int(edges[at]) + 1
+            start = int(starts[at])
             once = text[start : start + period]
             if lengths[at] > best and once.strip(RULERS):
                 best, unit = int(lengths[at]), once

@@ -22,6 +22,7 @@ import torch
 
 from minglm.chat import ChatError, render_tokens
 from minglm.config import ConfigError
+from minglm.evals.endpoint import GRADER_KEY
 from minglm.posttrain.lint import violation
 from minglm.posttrain.preferences import without_reasoning
 from minglm.posttrain.reward_model import RewardModel, load_reward_model, score
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-KEY = "MINGLM_GRADER_KEY"  # the environment variable with the endpoint's API key
 AT_ONCE = 16  # questions to the endpoint
 SECONDS = 60.0  # for a grade
 GRADE_TOKENS = 256  # reasons included
@@ -272,7 +272,7 @@ def combined(rewards: Rewards, device: torch.device) -> Combined:
         for key in ("rubric_text", "grader_name"):
             if not getattr(rewards, key):
                 raise ConfigError(f"rewards.{key}: missing; wanted one for the model that grades")
-        client = OpenAI(base_url=rewards.grader_url, api_key=os.environ.get(KEY, "none"), timeout=SECONDS)
+        client = OpenAI(base_url=rewards.grader_url, api_key=os.environ.get(GRADER_KEY, "none"), timeout=SECONDS)
         sources["rubric"] = Grader(client, rewards.grader_name, rewards.rubric_text, rewards.grader_call)
     return Combined(sources, rewards)
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minglm.chat import MODES, ChatError, parse, render_tokens
+from minglm.chat import MODES, OPENS_THINKING, ChatError, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import RequestOutput
@@ -261,7 +261,7 @@ class Attempt:
             trajectory.experts = torch.cat(parts)
         if self.finish == "length":
             return self._lose("length", "cut off")
-        text = f"\n<think>{self.text}" if self.rollouts.limits.opens_thinking else self.text
+        text = OPENS_THINKING + self.text if self.rollouts.limits.opens_thinking else self.text
         try:
             message = parse(text, tools or None)
         except ChatError:

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minglm.chat import MODES
+from minglm.chat import MODES, has_thought
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.evals.interval import Estimate, mean, share
-from minglm.posttrain.experts.policy import Placed, Policy, different, has_thought
+from minglm.posttrain.experts.policy import Placed, Policy, different
 from minglm.posttrain.experts.recipe import Exam
 from minglm.rl.recipe import RLRecipe
 from minglm.rl.rollout import Asked
@@ -72,7 +72,7 @@ def sit(model: Path, recipe: RLRecipe, asked: Sequence[Placed], exam: Exam, fold
                     mode,
                     one.verdict and one.verdict.reward,
                     one.length,
-                    has_thought(one),
+                    has_thought(one.response),
                     one.end,
                 )
                 for at, one in zip(asked, attempts, strict=True)
@@ -94,8 +94,8 @@ def summary(sat: Sequence[Sat]) -> dict[str, Any] | None:
     if not judged:
         return None
     return {
-        "reward": _plain(share(rewards(judged))),
-        "tokens": _plain(mean([one.tokens for one in judged])),
+        "reward": share(rewards(judged)).numbers,
+        "tokens": mean([one.tokens for one in judged]).numbers,
         "thought": statistics.fmean(one.thought for one in judged),
         "malformed": statistics.fmean(one.end == "malformed" for one in judged),
         "problems": len(judged),
@@ -114,7 +114,3 @@ def difference(before: Sequence[Sat], after: Sequence[Sat]) -> Estimate:
     """By how much the reward rises from one model to another at the same problems, problem by problem."""
     pairs = zip(before, after, strict=True)
     return mean([new.reward - old.reward for old, new in pairs if old.reward is not None and new.reward is not None])
-
-
-def _plain(estimate: Estimate) -> list[float | None]:
-    return [estimate.value, estimate.low, estimate.high]

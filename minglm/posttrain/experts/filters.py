@@ -16,6 +16,7 @@ import numpy as np
 from minglm.posttrain.experts.policy import Placed, is_right
 from minglm.posttrain.experts.recipe import Harvest
 from minglm.posttrain.lint import LintError, Sample, lint
+from minglm.rl.pathology import periodic
 from minglm.rl.rollout import Trajectory
 from minglm.tokenizer import Tokenizer
 
@@ -83,16 +84,9 @@ class Kept:
 
 def repeats(ids: Sequence[int], times: int, tokens: int) -> bool:
     """Whether some tokens stand `times` times in a row or more, and fill `tokens` places at least."""
-    array = np.asarray(ids)
-    for period in range(1, len(array) // times + 1):
-        again = max(times, -(-tokens // period)) - 1  # repetitions behind the first
-        if again * period >= len(array):
-            continue
-        same = np.concatenate([[False], array[period:] == array[:-period], [False]])
-        borders = np.flatnonzero(same[1:] != same[:-1])  # where runs of equal tokens begin and end, by turns
-        if len(borders) and (borders[1::2] - borders[::2]).max() >= again * period:
-            return True
-    return False
+    stretches = periodic(np.asarray(ids), len(ids) // times)
+    # Whole rounds only: of 3 tokens, 16 are filled by the sixth round.
+    return any(lengths.max() >= max(times, -(-tokens // period)) * period for period, _, lengths in stretches)
 
 
 def fault_of(answer: Answer, recipe: Harvest, median: float | None, tokenizer: Tokenizer, row: int) -> str | None:

@@ -157,8 +157,7 @@ def gate_of(before: list[Sat], after: list[Sat], domain_of: dict[str, str]) -> d
     last, change = score(before, domain_of), difference(before, after)
     kept = found >= last
     reason = f"{'kept' if kept else 'not kept'}: the last kept round has {last:.3f}; problem by problem {change.text()} more"
-    numbers = [change.value, change.low, change.high]
-    return {"score": found, "before": last, "difference": numbers, "kept": kept, "reason": reason}
+    return {"score": found, "before": last, "difference": change.numbers, "kept": kept, "reason": reason}
 
 
 def unified_sft(recipe: ExpertsRecipe, answers: dict[str, Path]) -> SFTRecipe:

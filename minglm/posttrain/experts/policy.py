@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from minglm import ops
+from minglm.chat import MODES
 from minglm.checkpoint import load_model
 from minglm.engine.engine import Engine
 from minglm.rl.recipe import RLRecipe
@@ -52,21 +53,22 @@ class Policy:
     """The model of a folder, which attempts problems as the recipe's policy does: within its lengths, judged by its rewards."""
 
     def __init__(self, folder: Path, recipe: RLRecipe):
-        device = choose_device(recipe.hardware).torch_device
+        device = choose_device(recipe.hardware)
         self.tokenizer = Tokenizer.from_pretrained(folder)
         self.gear = recipe.hardware.gear
         sampling = recipe.sampling
         at_once = sampling.groups * sampling.group_size
-        model = load_model(folder, device=device).eval()
+        model = load_model(folder, device=device.torch_device).eval()
         engine = Engine(model, self.tokenizer, gear=self.gear, max_running=at_once)
-        judge = combined(recipe.rewards, device)
+        judge = combined(recipe.rewards, device.torch_device)
         self.limits = Limits.of(sampling)
-        self.rollouts = Rollouts(engine, self.tokenizer, self.limits, judge=judge.apply)
+        self.rollouts = Rollouts(engine, self.tokenizer, self.limits, judge=judge.apply, autocast=device.autocast)
 
     def attempt(self, asked: Sequence[Asked], mode: Mode, temperature: float, about: str) -> list[Trajectory]:
         """In order. thinking: every turn begins within a thinking; automatic: the model chooses."""
-        thinks = {"thinking": True, "non-thinking": False, "automatic": None}[mode]
-        self.rollouts.limits = replace(self.limits, thinking=thinks, opens_thinking=mode == "thinking", temperature=temperature)
+        self.rollouts.limits = replace(
+            self.limits, thinking=MODES[mode], opens_thinking=mode == "thinking", temperature=temperature
+        )
         found = []
         with ops.using(self.gear), tqdm(total=len(asked), desc=f"{about}, {mode}", unit="attempt", leave=False) as bar:
             for start in range(0, len(asked), AT_ONCE):
@@ -78,7 +80,3 @@ class Policy:
 def is_right(one: Trajectory) -> bool:
     """Whether the problem's own verifier has nothing to say against it. What was cut off or malformed has not been asked."""
     return one.parts.get("verifier", 0.0) >= 1
-
-
-def has_thought(one: Trajectory) -> bool:
-    return any((message.get("reasoning_content") or "").strip() for message in one.response)

@@ -71,8 +71,7 @@ def write_results_of_seeds(recipe: ExpertsRecipe, folder: Path, folders: Sequenc
 
 
 def _over(values: Sequence[float]) -> list[float | None]:
-    found = mean(values)
-    return [found.value, found.low, found.high]
+    return mean(values).numbers
 
 
 def _introduction(problems: int) -> str:
