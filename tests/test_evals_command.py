@@ -199,5 +199,5 @@ def test_results_are_read_back_equal(tmp_path):
 
 def test_suites_and_lengths():
     assert parts_of("base") == tuple(part for part in PARTS if part != "chat") and parts_of("bits,fim") == ("bits", "fim")
-    assert needle_lengths_of(2048) == needle_lengths_of(4096) == (128, 256, 512, 1024, 2048)
-    assert needle_lengths_of(300) == (128, 256)
+    assert needle_lengths_of(2048) == needle_lengths_of(8192) == (128, 256, 512, 1024, 2048, 4096)
+    assert needle_lengths_of(300) == (128, 256, 512)

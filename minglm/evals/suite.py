@@ -32,7 +32,7 @@ SHORTEST_WINDOW = 32  # tokens
 WINDOW = 512  # tokens of a held-out document that are read at once
 LONGEST_VIEW = 2048  # tokens, half of them of other files where names are asked for
 LONG_DOMAINS = (REPOSITORIES, "long_documents")
-SHORTEST_NEEDLE, LONGEST_NEEDLE = 128, 2048  # tokens; each length is twice the one before
+SHORTEST_NEEDLE, LONGEST_NEEDLE = 128, 4096  # tokens; each length is twice the one before
 BITS_TOKENS = 512  # of each domain, times the limit
 
 
@@ -101,7 +101,7 @@ def _needle(subject: Subject) -> Iterator[Measure]:
     lengths = [length for length in subject.needle_lengths if length >= shortest]
     if not lengths:  # a vocabulary of bytes and few positions
         return
-    grid = needle_grid(subject.scorer, lengths, max(1, subject.limit // 4), seed=subject.seed)
+    grid = needle_grid(subject.scorer, lengths, max(1, subject.limit // 2), seed=subject.seed)
     subject.details["needle"] = grid.details()
     yield from grid.measures()
 
@@ -145,9 +145,9 @@ def parts_of(suite: str) -> tuple[str, ...]:
 
 
 def needle_lengths_of(positions: int) -> tuple[int, ...]:
-    """128, 256, ... tokens, as far as the model has positions and we have patience."""
+    """128, 256, ... tokens, to twice the model's positions or as far as we have patience."""
     lengths = [SHORTEST_NEEDLE]
-    while lengths[-1] * 2 <= min(positions, LONGEST_NEEDLE):
+    while lengths[-1] * 2 <= min(2 * positions, LONGEST_NEEDLE):
         lengths.append(lengths[-1] * 2)
     return tuple(lengths)
 
