@@ -447,3 +447,9 @@ def test_a_shop_that_is_not_as_published_is_refused(tmp_path, path, text, compla
 
 def test_titles_and_needs_are_said():
     assert len(BENCHMARKS) == 15 and all(one.title and one.data and one.judged for one in BENCHMARKS.values())
+
+
+def test_a_record_ends_at_its_newline_alone(tmp_path):
+    written = {"question": "a\u2028b\x85c"}
+    (tmp_path / "some.jsonl").write_text(json.dumps(written, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [one.values for one in records(tmp_path / "some.jsonl")] == [written]

@@ -94,6 +94,14 @@ def test_a_run_gets_a_page_with_its_steps_in_order_and_long_ones_every_nth(tmp_p
     assert html.count("<article") == 3 and "3 of 6 attempts, evenly chosen" in html
 
 
+def test_a_line_ends_at_its_newline_alone(tmp_path):
+    folder = tmp_path / "run" / "rollouts"
+    folder.mkdir(parents=True)
+    line = {k: v for k, v in attempt(text="a\u2028b\x85c\x1cd").items() if k != "step"}
+    (folder / "step-1.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert write_browser(tmp_path / "run").read_text(encoding="utf-8").count("<article") == 1
+
+
 @needs_browser
 def test_the_page_filters_in_a_browser(tmp_path):
     attempts = [attempt(1, "ordering", 1.0), attempt(2, "clock", 0.0), attempt(3, "clock", None, end="failed")]

@@ -16,12 +16,12 @@ from minglm.rl.rollout import Trajectory
 from minglm.tasks.task import Verdict
 
 
-def attempt(reward: float | None) -> Trajectory:
+def attempt(reward: float | None, ids: tuple[int, ...] = (5, 6, 7)) -> Trajectory:
     verdict = None if reward is None else Verdict(reward, ("why",))
     failure = Failure("time-out", "no answer within 1 s") if reward is None else None
-    ids = [5, 6, 7]
+    n = len(ids)
     end = "failed" if reward is None else "done"
-    return Trajectory(Echo(1, False), ids, [False, True, True], [0.0] * 3, [0] * 3, [], verdict, end, failure)
+    return Trajectory(Echo(1, False), list(ids), [i > 0 for i in range(n)], [0.0] * n, [0] * n, [], verdict, end, failure)
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=7), st.integers(1, 7))
@@ -50,3 +50,11 @@ def test_failed_attempts_are_counted_by_kind_and_have_no_share_in_any_mean(tmp_p
     lines = [json.loads(line) for line in (tmp_path / "rollouts" / "step-7.jsonl").read_text().splitlines()]
     assert [line["reward"] for line in lines] == [1.0, 0.5, None, None, None]
     assert lines[0]["reasons"] == ["why"] and lines[2]["reasons"] == ["time-out: no answer within 1 s"]
+
+
+@pytest.mark.parametrize("separator", ["\n", "\r", "\v", "\x1c", "\x85", "\u2028"])
+def test_an_attempt_is_one_line_whatever_it_writes(tmp_path, separator):
+    written = f"a{separator}b"
+    write_rollouts([attempt(1.0, tuple(TOKENIZER.encode(written)))], TOKENIZER, tmp_path / "rollouts", 1)
+    (line,) = (tmp_path / "rollouts" / "step-1.jsonl").read_text().splitlines()
+    assert json.loads(line)["text"] == written

@@ -27,8 +27,9 @@ def write_browser(run: Path) -> Path:
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
     """Every line of step-N.jsonl with its step, the first step first."""
     for path in sorted(folder.glob("step-*.jsonl"), key=lambda path: int(path.stem.removeprefix("step-"))):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            yield {"step": int(path.stem.removeprefix("step-")), **json.loads(line)}
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield {"step": int(path.stem.removeprefix("step-")), **json.loads(line)}
 
 
 def page(attempts: Sequence[Mapping[str, Any]], of: int, name: str) -> str:

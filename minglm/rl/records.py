@@ -95,8 +95,7 @@ def write_rollouts(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, fol
                 "reasons": one.verdict.reasons if one.verdict else (str(one.failure),),
                 "end": one.end,
                 "length": one.length,
-            },
-            ensure_ascii=False,
+            }
         )
         for one in trajectories
     )

@@ -102,9 +102,10 @@ def _parsed(place: str, text: str) -> Any:
 
 
 def _lines(file: Path) -> Iterator[Record]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            yield _checked(f"{file}:{number}", _parsed(f"{file}:{number}", line))
+    with file.open(encoding="utf-8") as lines:  # str.splitlines would also cut at U+2028 and the like inside of a text
+        for number, line in enumerate(lines, 1):
+            if text := line.strip():
+                yield _checked(f"{file}:{number}", _parsed(f"{file}:{number}", text))
 
 
 def _json(file: Path) -> Iterator[Record]:
