@@ -20,8 +20,8 @@ PYTHON_TYPES = {
 }  # fmt: skip
 NEEDS = {
     "multi_turn": "the simulated programs of bfcl_eval, whose states are compared after each turn",
-    "java": "values in the syntax of Java",
     "javascript": "values in the syntax of JavaScript",
+    "java": "values in the syntax of Java",  # behind the one that begins like it
     "exec": "the functions themselves, some of which ask services on the network",
     "rest": "services on the network",
     "memory": "the memory stores of BFCL v4",
@@ -127,7 +127,8 @@ def _first(values: Sequence[Any]) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(own[0]) for key, own in value.items() if isinstance(own, list) and own and own[0] != ""}
+        firsts = {key: _options(own)[0] for key, own in value.items() if own != []}
+        return {key: _plain(first) for key, first in firsts.items() if first != ""}
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 

@@ -1,7 +1,7 @@
 """IFEval (arXiv 2311.07911): constraints that a program can check. Strict: the answer as it stands must keep all of them.
 
 Two of the checks are near, not equal, to the published ones, which need nltk's models: sentences end at . ! or ? before a
-blank or the end, and words are runs of letters and digits with - and ' inside.
+blank or the end, and words in capitals are runs of letters and digits with - and ' inside.
 """
 
 import json
@@ -14,6 +14,7 @@ from minglm.evals.benchmarks.records import Record
 from minglm.tasks.task import reply
 
 RELATIONS = {"less than": lambda count, limit: count < limit, "at least": lambda count, limit: count >= limit}
+BULLETS = (r"^\s*\*[^*].*$", r"^\s*-.*$")
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -58,7 +59,7 @@ def _highlights(text: str, arguments: Mapping[str, Any]) -> bool:
 
 
 def _bullets(text: str, arguments: Mapping[str, Any]) -> bool:
-    return len(re.findall(r"^\s*(?:\*[^*].*|-.*)$", text, re.MULTILINE)) == arguments["num_bullets"]
+    return sum(len(re.findall(line, text, re.MULTILINE)) for line in BULLETS) == arguments["num_bullets"]
 
 
 def _postscript(text: str, arguments: Mapping[str, Any]) -> bool:
