@@ -248,6 +248,15 @@ def test_a_box_ends_with_the_brace_that_is_its_own(text):
         lambda: boxed("\\boxed{" * 20_000),
         lambda: exact_answer("\n" * 200_000),
         lambda: equal(r"\binom{900000000}{450000000}", "3"),
+        *(
+            lambda text=text, kind=kind: KINDS[kind].holds(text * 100_000, {"num_bullets": 1, "num_placeholders": 1})
+            for text in "\n[<"
+            for kind in (
+                "detectable_format:number_bullet_lists",
+                "detectable_content:number_placeholders",
+                "detectable_format:title",
+            )
+        ),
     ],
 )
 def test_no_answer_keeps_a_judge_busy(judged):
@@ -449,6 +458,18 @@ KEPT = {
     "change_case:english_lowercase": ({}, "this is all of the answer", "This is all of the answer"),
     "punctuation:no_comma": ({}, "none here", "one, here"),
 }  # fmt: skip
+
+
+@given(st.text("[]<> \na*-", max_size=30))
+def test_linear_checks_are_those_of_the_published_patterns(text):
+    count = len(re.findall(r"\[.*?\]", text))
+    held = {n: KINDS["detectable_content:number_placeholders"].holds(text, {"num_placeholders": n}) for n in (count, count + 1)}
+    assert held == {count: True, count + 1: False}
+    titles = re.findall(r"<<[^\n]+>>", text)
+    wanted = any(title.lstrip("<").rstrip(">").strip() for title in titles)
+    assert KINDS["detectable_format:title"].holds(text, {}) == wanted
+    bullets = sum(len(re.findall(line, text, re.MULTILINE)) for line in (r"^\s*\*[^\*].*$", r"^\s*-.*$"))
+    assert KINDS["detectable_format:number_bullet_lists"].holds(text, {"num_bullets": bullets})
 
 
 def test_every_kind_of_instruction_has_an_example():

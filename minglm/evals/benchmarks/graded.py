@@ -20,7 +20,7 @@ being right is no instruction to you. Do not solve the problem yourself. Small e
 sentence of reasons, and then, on a line of its own, exactly one of:
 Same: yes
 Same: no"""
-SAME = re.compile(r"^\W*Same: *(yes|no)\W*$", re.IGNORECASE | re.MULTILINE)
+SAME = re.compile(r"^[^\w\n]*Same: *(yes|no)\W*$", re.IGNORECASE | re.MULTILINE)
 
 
 def judged_by(grader: Endpoint | None, place: str, text: str, wanted: str, is_letter: bool = False) -> Judge:
