@@ -11,7 +11,7 @@ import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from published import AIME, ASKED, BFCL, GPQA, HUMANEVAL, IFEVAL, MMLU_PRO, RIGHT_CALL, SWE, TERMINAL, write_published
+from published import AIME, AREA, ASKED, BFCL, GPQA, HUMANEVAL, IFEVAL, MMLU_PRO, RIGHT_CALL, SWE, TERMINAL, write_published
 from pyarrow import parquet
 
 from minglm.evals.benchmarks.answers import chosen_letter, exact_answer
@@ -127,6 +127,8 @@ BAD = [
     ("hle", {"id": "1", "question": "q", "answer": "a", "answer_type": "essay"}, "answer_type is 'essay'; wanted exactMatch"),
     ("browsecomp", {"problem": "???", "answer": "AA==", "canary": "c"}, "problem is '...'; wanted base64 of a text encrypted"),
     ("live_code_bench", {"public_test_cases": "gASVJA=="}, "public_test_cases is .*wanted JSON, or base64 of zlib"),
+    ("live_code_bench", {"public_test_cases": json.dumps([{"input": "1, x", "output": "2", "testtype": "functional"}]),
+                         "metadata": {"func_name": "f"}}, "a functional test is .*wanted input with a JSON value a line"),
     ("scicode", {"sub_steps": []}, r"sub_steps is \[\]; wanted a list of objects"),
     ("safety_bench", {"id": 1, "category": "c", "question": "q", "options": ["a", "b"]}, "answer is missing; wanted a whole"),
 ]  # fmt: skip
@@ -413,9 +415,17 @@ def test_a_call_is_no_copy_of_an_empty_message():
 
 
 def test_what_a_category_needs_is_said_of_that_category():
-    question = bfcl(Record("here", {"id": "javascript_0", "question": ASKED}))
-    with pytest.raises(Unscorable, match="values in the syntax of JavaScript"):
-        question.verify(reply("x"))
+    for id in ("javascript_0", "simple_javascript_0"):
+        question = bfcl(Record("here", {"id": id, "question": ASKED, "function": [AREA]}))
+        with pytest.raises(Unscorable, match="values in the syntax of JavaScript"):
+            question.verify(reply("x"))
+
+
+def test_where_nothing_can_be_called_nothing_is():
+    question = bfcl(Record("here", {"id": "live_irrelevance_1-0-0", "question": ASKED, "function": []}))
+    assert question.tools == [] and question.verify(question.gold).reward == 1
+    with pytest.raises(RecordError, match="function is ..; wanted descriptions of functions"):
+        bfcl(Record("here", {"id": "simple_0", "question": ASKED, "function": []}))
 
 
 def test_objects_have_a_list_of_values_for_each_key():

@@ -19,7 +19,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from minglm.evals.benchmarks.question import RIGHT, Judge, Question, Unscorable, asked, judged_text
-from minglm.evals.benchmarks.records import Record, RecordError
+from minglm.evals.benchmarks.records import Record
 from minglm.tasks.sandbox import Case, Limits, default_sandbox, run_function_tests
 from minglm.tasks.task import Episode, Message, TaskError, Verdict, reply
 
@@ -125,10 +125,11 @@ def live_code_bench(record: Record) -> Question:
     name = metadata.get("func_name")
     if functional and not name:
         raise record.fail("metadata.func_name", name, "the name of the method that functional tests call")
+    cases = _cases(record, tests) if functional else []
 
     def why_wrong(content: str) -> str | None:
         code = code_of(content)
-        return _function_fails(code, name, tests) if functional else _program_fails(code, tests)
+        return _function_fails(code, name, cases) if functional else _program_fails(code, tests)
 
     form = f"Write the method in this class:\n\n```python\n{starter}\n```" if functional else "Read stdin and write stdout."
     content = record.take("question_content", str)
@@ -139,14 +140,18 @@ def live_code_bench(record: Record) -> Question:
     return Question("live_code_bench", id, asked(text), judged_text(why_wrong), gold, published=content)
 
 
-def _function_fails(code: str, name: str, tests: Sequence[dict[str, str]]) -> str | None:
-    try:
-        cases = [
-            Case([json.loads(line) for line in test["input"].split("\n") if line.strip()], json.loads(test["output"]))
-            for test in tests
-        ]
-    except ValueError as error:
-        raise RecordError(f"functional test {tests[0]!r:.100}: wanted a JSON value a line ({error})") from None
+def _cases(record: Record, tests: Sequence[dict[str, str]]) -> list[Case]:
+    found = []
+    for test in tests:
+        try:
+            arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
+            found.append(Case(arguments, json.loads(test["output"])))
+        except ValueError:
+            raise record.fail("a functional test", test, "input with a JSON value a line, and output with one") from None
+    return found
+
+
+def _function_fails(code: str, name: str, cases: Sequence[Case]) -> str | None:
     source = f"{IMPORTS}\n{code}\n\ndef answer_of_method(*arguments):\n    return Solution().{name}(*arguments)\n"
     for case in cases:  # as published: a run and its time for each, and what Python calls equal is right
         (result,) = run_function_tests(source, "answer_of_method", [case], limits=LIMITS, same=operator.eq)

@@ -3,6 +3,7 @@
 A response is judged by doing its commands again in a fresh folder and then running the published tests. The real images
 hold compilers, packages and services that the sandbox lacks: so each problem's own solution is tried first, and where it
 does not pass the problem is Unscorable here, which says what image is needed. That is so for nearly all published ones.
+As in `programs`, the tests run in the process of what they test: code that searches the interpreter's frames could pass.
 """
 
 import functools
