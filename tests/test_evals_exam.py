@@ -19,9 +19,9 @@ from minglm.evals.attempts import ChatForm, EndpointWriter, EngineWriter, as_req
 from minglm.evals.benchmarks.question import Question, Unscorable, asked
 from minglm.evals.compare import compare, smallest_detectable, table_of
 from minglm.evals.endpoint import Endpoint, EndpointError, Written
-from minglm.evals.exam import drawn, key_of, measures_of, read_rows, sit, unjudged
+from minglm.evals.exam import drawn, key_of, measures_of, overview, read_rows, sit, unjudged
 from minglm.evals.interval import mean
-from minglm.evals.measure import EvaluationError, Results
+from minglm.evals.measure import EvaluationError, Results, scored, summed
 from minglm.evals.passes import ks_of, pass_all, pass_at
 from minglm.tasks.task import Verdict, reply
 
@@ -155,6 +155,13 @@ def test_measures_are_of_problems_and_say_what_was_left_out(tmp_path):
     others = take(tmp_path / "b.jsonl", Oracle(lambda one: "?right"[int(one.problem.id) % 3 == 1 :][:5]), QUESTIONS[:30])
     units = [m.units for m in measures_of(others, {}, {}) if m.quantity.startswith(("mean", "tokens"))]
     assert {len(own) for own in units} == {30}  # a problem keeps its place, whichever were left out
+
+
+def test_an_overview_has_tokens_where_it_has_a_mean():
+    of = [summed("exam", "all reasoning", "tokens an answer, thinking", [3.0], [1.0])]  # means of 4 and of 3 have none together
+    assert "tokens" not in overview({"mine": of})
+    of.insert(0, scored("exam", "all reasoning", "mean, thinking", [1.0]))
+    assert "3 tokens |" in overview({"mine": of})
 
 
 # ---- comparing

@@ -56,8 +56,9 @@ def sit(
     sample, asked (the question's hash), reward (None: not judged, see `reasons`), tokens, thought, cut, too_long, response.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.is_file() or b"\n" not in file.read_bytes():  # none, or one that was killed before its first line was written
-        file.write_text(json.dumps({"options": dict(options)}) + "\n", encoding="utf-8")
+    head = json.dumps({"options": dict(options)}) + "\n"
+    if not file.is_file() or head.encode().startswith(file.read_bytes()):  # none yet, or killed while this line was written
+        file.write_text(head, encoding="utf-8")
     known = read_rows(file, options)
     wanted = [(q, mode, sample) for mode in writers for q in questions for sample in range(samples)]
     open = [one for one in wanted if key_of(*one) not in known]
@@ -210,7 +211,7 @@ def overview(measures_by_label: Mapping[str, Sequence[Measure]]) -> str:
             if measure.quantity.startswith("mean") and "without overlap" not in measure.quantity:
                 columns[column] = None
                 row[column] = measure.estimate.text(2)
-            elif measure.quantity.startswith("tokens"):
+            elif measure.quantity.startswith("tokens") and column in row:  # of some groups there is no mean
                 row[column] += f", {measure.estimate.value:.0f} tokens"
     lines = [f"| suite | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [f"| {name} | {' | '.join(row.get(column, '–') for column in columns)} |" for name, row in cells.items()]
