@@ -2,20 +2,24 @@
 refused with their place."""
 
 import json
+import re
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from published import AIME, BFCL, GPQA, HUMANEVAL, IFEVAL, MMLU_PRO, SWE, TERMINAL, write_published
+from published import AIME, AREA, ASKED, BFCL, GPQA, HUMANEVAL, IFEVAL, MMLU_PRO, RIGHT_CALL, SWE, TERMINAL, write_published
 from pyarrow import parquet
 
-from minglm.evals.benchmarks.calls import call_message, same
+from minglm.evals.benchmarks.answers import chosen_letter, exact_answer
+from minglm.evals.benchmarks.calls import bfcl, call_message, same
 from minglm.evals.benchmarks.graded import encrypted, keystream
 from minglm.evals.benchmarks.instructions import KINDS
 from minglm.evals.benchmarks.mathematics import boxed, equal, integer
-from minglm.evals.benchmarks.programs import same_output
+from minglm.evals.benchmarks.programs import code_of, live_code_bench, same_output
 from minglm.evals.benchmarks.question import Question, Unscorable, asked
 from minglm.evals.benchmarks.records import Record, RecordError, records
 from minglm.evals.benchmarks.registry import BENCHMARKS, load
@@ -66,13 +70,14 @@ def test_the_self_test_finds_judges_that_are_wrong():
 WRONG = {
     "aime": ("60", ["25", "\\boxed{26}", "\\boxed{25.5}", "\\boxed{25} but \\boxed{7}"], ["so \\boxed{7}, no: \\boxed{ 25 }."]),
     "math_500": ("test/prealgebra/1.json", ["\\boxed{\\frac{4}{3}}", "3/4"], ["\\boxed{0.75}", "\\boxed{\\dfrac{6}{8}}"]),
-    "mmlu_pro": ("70", ["Answer: D", "c", "The answer is C, no: the answer is A"], ["(C)", "**Answer: C**", "answer is (C)."]),
+    "mmlu_pro": ("70", ["Answer: D", "c", "The answer is C, no: the answer is A", "\\boxed{C} is near.\nAnswer: A"],
+                 ["(C)", "**Answer: C**", "answer is (C).", "Answer: C. My answer: I am sure."]),
     "humaneval": ("HumanEval/0", ["def total(v): return 0", "```python\nimport sys\nsys.exit(0)\n```", "exit()", "return 3"],
                   ["```python\ndef total(values):\n    return sum(values)\n```", "    return sum(values)\n"]),
     "live_code_bench": ("1_A", ["print(3)", "```python\nprint(int(input()) + 1)\n```"],
                         ["```python\nimport sys\nprint(sum(int(x) for x in sys.stdin.read().split()))\n```"]),
     "ifeval": ("1000", ["Red, a colour."], ["Blue."]),
-    "hle": ("h1", ["Exact Answer: A", "B"], ["It is so.\nExact Answer: B"]),
+    "hle": ("h1", ["Exact Answer: A", "B", "Exact Answer: (A)"], ["It is so.\nExact Answer: B"]),
 }  # fmt: skip
 
 
@@ -122,6 +127,8 @@ BAD = [
     ("hle", {"id": "1", "question": "q", "answer": "a", "answer_type": "essay"}, "answer_type is 'essay'; wanted exactMatch"),
     ("browsecomp", {"problem": "???", "answer": "AA==", "canary": "c"}, "problem is '...'; wanted base64 of a text encrypted"),
     ("live_code_bench", {"public_test_cases": "gASVJA=="}, "public_test_cases is .*wanted JSON, or base64 of zlib"),
+    ("live_code_bench", {"public_test_cases": json.dumps([{"input": "1, x", "output": "2", "testtype": "functional"}]),
+                         "metadata": {"func_name": "f"}}, "a functional test is .*wanted input with a JSON value a line"),
     ("scicode", {"sub_steps": []}, r"sub_steps is \[\]; wanted a list of objects"),
     ("safety_bench", {"id": 1, "category": "c", "question": "q", "options": ["a", "b"]}, "answer is missing; wanted a whole"),
 ]  # fmt: skip
@@ -144,13 +151,35 @@ def test_a_malformed_record_is_refused_with_place_key_and_value(tmp_path, name, 
         ("a.json", "no", "which is no JSON"),
         ("a.csv", "a,b\n1,2\n1\n", "a.csv:3: found another number of cells than the header's 2"),
         ("a.parquet", "no", "this is no parquet file"),
+        ("a.jsonl", "{}\n\udcff", "a.jsonl: found bytes that are no UTF-8"),
+        ("a.csv", "a,b\n\udcff,1\n", "a.csv: found bytes that are no UTF-8"),
         ("a.txt", "no", "found no file to read; wanted one of .jsonl"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_refused(tmp_path, file, text, complaint):
-    (tmp_path / file).write_text(text)
+    (tmp_path / file).write_text(text, errors="surrogateescape")
     with pytest.raises(RecordError, match=complaint):
         list(records(tmp_path / file))
+
+
+def test_a_record_of_a_table_has_the_line_that_it_begins_in(tmp_path):
+    (tmp_path / "a.csv").write_text('a,b\n1,"two\nlines"\n3,4\n')
+    assert [record.place for record in records(tmp_path / "a.csv")] == [f"{tmp_path}/a.csv:2", f"{tmp_path}/a.csv:4"]
+
+
+def test_a_question_without_an_id_has_one_of_its_own_wherever_the_file_lies(tmp_path):
+    rows = [{"problem": "What is $5^2$?", "answer": "25"}, {"problem": "What is $6^2$?", "answer": "36"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "elsewhere.json").write_text(json.dumps(rows[::-1]))
+    one, other = ([question.id for question in load("aime", tmp_path / name)] for name in ("a.jsonl", "elsewhere.json"))
+    assert len({*one}) == 2 and one == other[::-1]
+
+
+def test_answers_of_a_safety_test_are_objects(tmp_path):
+    (tmp_path / "test_en.json").write_text(json.dumps([{"id": 0, "category": "c", "question": "q", "options": ["a", "b"]}]))
+    (tmp_path / "test_answers_en.json").write_text('{"0": 1}')
+    with pytest.raises(RecordError, match="test_answers_en.json: 0 is 1; wanted an object"):
+        load("safety_bench", tmp_path)
 
 
 def test_ids_are_unique_names_known_and_files_there(tmp_path):
@@ -202,12 +231,72 @@ def test_fractions_are_equal_exactly_where_their_values_are(a, b):
     assert equal(text, f"{b.numerator}/{b.denominator}") == (a == b)
 
 
+@given(st.lists(st.sampled_from(["\\boxed{", "\\fbox {", "{", "}", "1", "x"])).map("".join))
+def test_a_box_ends_with_the_brace_that_is_its_own(text):
+    wanted = None
+    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
+        depth = 1
+        for end in range(match.end(), len(text)):
+            depth += (text[end] == "{") - (text[end] == "}")
+            if not depth:
+                wanted = text[match.end() : end]
+                break
+    assert boxed(text) == wanted
+
+
+@pytest.mark.parametrize(
+    "judged",
+    [
+        lambda: boxed("\\boxed{" * 20_000),
+        lambda: exact_answer("\n" * 200_000),
+        lambda: equal(r"\binom{900000000}{450000000}", "3"),
+        *(
+            lambda text=text, kind=kind: KINDS[kind].holds(text * 100_000, {"num_bullets": 1, "num_placeholders": 1})
+            for text in "\n[<"
+            for kind in (
+                "detectable_format:number_bullet_lists",
+                "detectable_content:number_placeholders",
+                "detectable_format:title",
+            )
+        ),
+    ],
+)
+def test_no_answer_keeps_a_judge_busy(judged):
+    start = time.process_time()
+    assert not judged()
+    assert time.process_time() - start < 2
+
+
+def test_letters_are_those_of_the_choices():
+    assert chosen_letter("Answer: I cannot say, but the answer is B", "ABCD") == "B"
+    assert chosen_letter("Answer: I", "ABCD") is None and chosen_letter("Answer: I") == "I"
+
+
 # ---- programs and shells
 
 
-def test_outputs_are_compared_line_by_line_and_numbers_by_value():
-    assert same_output("1 2 \n3\n", "1 2\n3") and same_output("0.3333333333", "0.33333333")
-    assert not same_output("1\n2", "1 2") and not same_output("1.1", "1.2") and not same_output("2", "3")
+def test_a_program_stands_in_the_last_block_whatever_blocks_of_other_languages_are_there():
+    assert code_of("```text\n1 2\n```\nSo:\n```python\nprint(1)\n```") == "print(1)\n"
+    assert code_of("```Python\nprint(1)\n```") == "print(1)\n" == code_of("```\nprint(1)\n```")
+    assert code_of("```python\ndef f(): pass\n```\nRun:\n```bash\npython x.py\n```", "def f") == "def f(): pass\n"
+
+
+def test_outputs_are_compared_line_by_line_and_numbers_as_decimals():
+    for found, wanted in (("1 2 \n3\n", "1 2\n3"), ("1.0 2", "1 2.00"), ("1e2", "100"), ("a\u2028b", "a\u2028b")):
+        assert same_output(found, wanted)
+    for found, wanted in (
+        ("1\n2", "1 2"), ("1.1", "1.2"), ("2", "3"), ("0.3333333333", "0.33333333"), ("a  b", "a b"), ("a 1", "a 1.0"),
+        ("a\u2028b", "a\nb"), ("nan", "1"), ("9007199254740993", "9007199254740992"),
+    ):  # fmt: skip
+        assert not same_output(found, wanted)
+
+
+def test_a_method_may_give_any_value_that_python_calls_equal():
+    tests = json.dumps([{"input": str(n), "output": f"{n}.0", "testtype": "functional"} for n in (1, 2)])
+    record = {"public_test_cases": tests, "metadata": '{"func_name": "same"}', "question_content": "q", "question_id": "1"}
+    question = live_code_bench(Record("here", record))
+    answer = "class Solution:\n    def same(self, x: int) -> int:\n        return {}"
+    assert question.verify(reply(answer.format("x"))).reward == 1 and question.verify(reply(answer.format("1"))).reward == 0
 
 
 def test_private_tests_are_no_way_in(tmp_path):
@@ -311,6 +400,34 @@ def test_several_turns_need_the_benchmarks_programs(published):
         questions(published, "bfcl")["multi_turn_base_0"].verify(reply("x"))
 
 
+def test_values_of_objects_may_stand_without_a_list():
+    place = {"name": "f", "parameters": {"type": "dict", "properties": {"at": {"type": "dict"}}, "required": ["at"]}}
+    truth = [{"f": {"at": [{"city": "Paris", "days": [2, 3], "note": [""]}]}}]
+    question = bfcl(Record("here", {"id": "simple_0", "question": ASKED, "function": [place], "ground_truth": truth}))
+    assert question.gold == [call_message("f", {"at": {"city": "Paris", "days": 2}})]
+    assert question.verify(question.gold).reward == 1
+
+
+def test_a_call_is_no_copy_of_an_empty_message():
+    question = bfcl(Record("here", {**BFCL["BFCL_v3_simple.json"][0], "ground_truth": [RIGHT_CALL]}))
+    question = replace(question, messages=[{"role": "system", "content": ""}, *question.messages])
+    assert question.verify(question.gold).reward == 1
+
+
+def test_what_a_category_needs_is_said_of_that_category():
+    for id in ("javascript_0", "simple_javascript_0"):
+        question = bfcl(Record("here", {"id": id, "question": ASKED, "function": [AREA]}))
+        with pytest.raises(Unscorable, match="values in the syntax of JavaScript"):
+            question.verify(reply("x"))
+
+
+def test_where_nothing_can_be_called_nothing_is():
+    question = bfcl(Record("here", {"id": "live_irrelevance_1-0-0", "question": ASKED, "function": []}))
+    assert question.tools == [] and question.verify(question.gold).reward == 1
+    with pytest.raises(RecordError, match="function is ..; wanted descriptions of functions"):
+        bfcl(Record("here", {"id": "simple_0", "question": ASKED, "function": []}))
+
+
 def test_objects_have_a_list_of_values_for_each_key():
     option = {"city": ["Paris", "paris, FR"], "days": [3, ""]}
     assert same({"city": "PARIS"}, option) and same({"city": "Paris FR", "days": 3}, option)
@@ -335,7 +452,7 @@ KEPT = {
                                                     'a\n\n"so, b', "so\n\na"),
     "detectable_content:number_placeholders": ({"num_placeholders": 2}, "[a] and [b]", "[a] and b"),
     "detectable_content:postscript": ({"postscript_marker": "P.P.S"}, "x\nP.P.S. y", "x\nP.S. y"),
-    "detectable_format:number_bullet_lists": ({"num_bullets": 2}, "* a\n- b", "* a\n**b**"),
+    "detectable_format:number_bullet_lists": ({"num_bullets": 2}, "*\n- b", "* a\n**b**"),
     "detectable_format:constrained_response": ({}, "So: My answer is maybe.", "maybe"),
     "detectable_format:number_highlighted_sections": ({"num_highlights": 2}, "*a* and *b*", "*a* and ** **"),
     "detectable_format:multiple_sections": ({"section_spliter": "SECTION", "num_sections": 2}, "SECTION 1 a SECTION 2 b",
@@ -351,6 +468,18 @@ KEPT = {
     "change_case:english_lowercase": ({}, "this is all of the answer", "This is all of the answer"),
     "punctuation:no_comma": ({}, "none here", "one, here"),
 }  # fmt: skip
+
+
+@given(st.text("[]<> \na*-", max_size=30))
+def test_linear_checks_are_those_of_the_published_patterns(text):
+    count = len(re.findall(r"\[.*?\]", text))
+    held = {n: KINDS["detectable_content:number_placeholders"].holds(text, {"num_placeholders": n}) for n in (count, count + 1)}
+    assert held == {count: True, count + 1: False}
+    titles = re.findall(r"<<[^\n]+>>", text)
+    wanted = any(title.lstrip("<").rstrip(">").strip() for title in titles)
+    assert KINDS["detectable_format:title"].holds(text, {}) == wanted
+    bullets = sum(len(re.findall(line, text, re.MULTILINE)) for line in (r"^\s*\*[^\*].*$", r"^\s*-.*$"))
+    assert KINDS["detectable_format:number_bullet_lists"].holds(text, {"num_bullets": bullets})
 
 
 def test_every_kind_of_instruction_has_an_example():
@@ -394,6 +523,8 @@ def test_a_model_judges_what_is_not_the_same_to_the_letter(published):
     assert "The Nile" in grader.heard[0][1]["content"] and "Congo" in grader.heard[1][1]["content"]
     with pytest.raises(Unscorable, match="the grader said no single yes or no"):
         question.verify(reply("Exact Answer: Same: yes"))
+    choice = questions(published, "hle", Scripted("Same: yes"))["h1"]
+    assert choice.verify(reply("Exact Answer: B. y")).reward == 1  # no bare letter: for the model to judge
 
 
 def test_pictures_are_left_out(published):
@@ -420,6 +551,8 @@ def test_a_customer_is_served(published):
     assert "You are Ann" in customer.heard[0][0]["content"]
     assert question.verify([said, call, last]).reward == 1
     assert question.verify([said, call]).reasons == ("did not say 1234",)
+    beside_a_call = [{**call, "content": "It was 1234."}, reply("It was 12")[0], reply("34 dollars.")[0]]
+    assert question.verify(beside_a_call).reasons == ("did not say 1234",)  # the customer heard it in no one message
     other = {"function": {"name": "cancel", "arguments": {"order_id": "#2"}}}
     wrong = question.verify([{"role": "assistant", "tool_calls": [call["tool_calls"][0], other]}, last])
     assert wrong.reasons == ("left the data in another state",)

@@ -166,7 +166,7 @@ def test_a_table_has_all_rows_of_all_columns_and_bold_where_better_than_chance()
     rows = table({"a": Results("a", "base", 4, 0, [bits, better]), "b": Results("b", "base", 4, 0, [same])}).splitlines()
     assert rows[0].split("|")[5:7] == [" a ", " b "]
     assert rows[2].endswith("| bits per byte ↓ |  | 1.500 [1.400, 1.600] | – |")
-    assert "**1.000 [" in rows[3] and "| 0.250 [" in rows[3] and "(3 too long)" in rows[3]
+    assert "**1.000 [" in rows[3] and "| 0.250 [" in rows[3] and "(3 left out)" in rows[3]
     assert rows[3].count("**") == 2
 
 
@@ -183,6 +183,10 @@ def test_marks_say_what_is_surely_better_or_worse_than_the_column_before():
     few = scored("a", "b", "c", [0.0] * 7), scored("a", "b", "c", [1.0] * 7)
     assert direction(*few) == 0
     assert direction(scored("a", "b", "c", [0.0] * 9), scored("a", "b", "c", [1.0] * 9, left_out=1)) == 0
+    # Each was left out of another problem: what stands in the same place is not the same problem.
+    first, last = [None, *[0.0] * 9], [*[1.0] * 9, None]
+    assert direction(scored("a", "b", "c", first), scored("a", "b", "c", last)) == 0
+    assert direction(scored("a", "b", "c", first), scored("a", "b", "c", last[::-1])) == 1
 
 
 def test_results_are_read_back_equal(tmp_path):

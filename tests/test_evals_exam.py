@@ -19,9 +19,9 @@ from minglm.evals.attempts import ChatForm, EndpointWriter, EngineWriter, as_req
 from minglm.evals.benchmarks.question import Question, Unscorable, asked
 from minglm.evals.compare import compare, smallest_detectable, table_of
 from minglm.evals.endpoint import Endpoint, EndpointError, Written
-from minglm.evals.exam import drawn, key_of, measures_of, read_rows, sit, unjudged
+from minglm.evals.exam import drawn, key_of, measures_of, overview, read_rows, sit, unjudged
 from minglm.evals.interval import mean
-from minglm.evals.measure import EvaluationError, Results
+from minglm.evals.measure import EvaluationError, Results, scored, summed
 from minglm.evals.passes import ks_of, pass_all, pass_at
 from minglm.tasks.task import Verdict, reply
 
@@ -98,8 +98,8 @@ def test_an_exam_that_was_stopped_goes_on_to_the_same_answers(tmp_path):
     for patience in (0, 64 + 10, 64 + 64 + 1):
         with pytest.raises(EndpointError):
             take(file, Oracle(says, patience))
-    with file.open("a") as lines:
-        lines.write('{"suite": "mine", "id"')  # cut off by a power failure
+    with file.open("ab") as lines:
+        lines.write('{"suite": "mine", "id": "é'.encode()[:-1])  # cut off by a power failure, within a character
     oracle = Oracle(says)
     assert take(file, oracle) == whole
     assert oracle.asked == 600 - 64 - 128
@@ -120,9 +120,17 @@ def test_only_what_is_new_is_asked(tmp_path):
         assert oracle.asked == new
     with pytest.raises(EvaluationError, match="was written with seed = 0, now 1; wanted another --out, or --again"):
         take(file, Oracle(says), options={**OPTIONS, "seed": 1})
+    for torn in ("", '{"opt'):  # killed before the first line was there
+        (tmp_path / "c.jsonl").write_text(torn)
+        assert len(take(tmp_path / "c.jsonl", Oracle(says), QUESTIONS[:1])) == 4
     (tmp_path / "b.jsonl").write_text("[]\n")
     with pytest.raises(EvaluationError, match="these are no answers of an exam"):
         take(tmp_path / "b.jsonl", Oracle(says))
+
+
+def test_an_answer_may_hold_what_has_no_utf_8_form(tmp_path):
+    (row,) = take(tmp_path / "a.jsonl", Oracle(lambda one: "right \ud800 \u2028"), QUESTIONS[:1], 1, ("thinking",))
+    assert [*read_rows(tmp_path / "a.jsonl").values()] == [row]  # an endpoint's JSON may hold half a surrogate pair
 
 
 def test_questions_drawn_are_among_those_of_a_larger_limit():
@@ -144,6 +152,16 @@ def test_measures_are_of_problems_and_say_what_was_left_out(tmp_path):
     assert found["mean of 4 without overlap, automatic"].estimate.value == 8 / 17
     assert found["tokens an answer, automatic"].estimate.value == 3
     assert unjudged(rows) == {"needs a judge": 40}
+    others = take(tmp_path / "b.jsonl", Oracle(lambda one: "?right"[int(one.problem.id) % 3 == 1 :][:5]), QUESTIONS[:30])
+    units = [m.units for m in measures_of(others, {}, {}) if m.quantity.startswith(("mean", "tokens"))]
+    assert {len(own) for own in units} == {30}  # a problem keeps its place, whichever were left out
+
+
+def test_an_overview_has_tokens_where_it_has_a_mean():
+    of = [summed("exam", "all reasoning", "tokens an answer, thinking", [3.0], [1.0])]  # means of 4 and of 3 have none together
+    assert "tokens" not in overview({"mine": of})
+    of.insert(0, scored("exam", "all reasoning", "mean, thinking", [1.0]))
+    assert "3 tokens |" in overview({"mine": of})
 
 
 # ---- comparing
@@ -173,6 +191,16 @@ def test_the_smallest_detectable_difference_is_found_in_eight_of_ten_comparisons
     assert 0.74 < np.mean(found) < 0.86
     assert smallest_detectable([0.0] * 100) == pytest.approx(0.0282, abs=1e-3)
     assert smallest_detectable([1.0]) is None
+
+
+def test_what_was_not_asked_counts_in_no_comparison_and_few_problems_are_no_proof(tmp_path):
+    rows = take(tmp_path / "a.jsonl", Oracle(lambda one: "wrong"), QUESTIONS[:5], 1, ("thinking",))
+    take(tmp_path / "b.jsonl", Oracle(lambda one: "right"), QUESTIONS[:5], 1, ("thinking",))
+    (one,) = compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert one.change.excludes(0.0) and "**" not in table_of([one])  # five problems that all rise have no spread
+    lines = [json.dumps({"options": OPTIONS}), *(json.dumps({**row, "too_long": row["id"] == "0"}) for row in rows)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    assert compare(tmp_path / "a.jsonl", tmp_path / "b.jsonl")[0].change.count == 4
 
 
 # ---- contamination
@@ -217,6 +245,16 @@ def test_an_endpoint_answers_as_the_model_behind_it(served, thinking, tmp_path):
     assert [row["thought"] for row in rows[0]][1] == (thinking is not False)
     if thinking is None:
         assert rows[1][2]["response"][0]["tool_calls"] == [CALL]
+
+
+def test_a_question_that_an_endpoint_refuses_stops_no_exam_and_refusals_alone_do(served, tmp_path):
+    writer = EndpointWriter(Endpoint(f"{served.url}/v1", "parrot"), False, 0.0, tokens=8)
+    asked_of = [Question("mine", one[:9], asked(one), lambda response: Verdict(1.0)) for one in ("hello", "hello " * 4000)]
+    rows = sit(asked_of, {"it": lambda: writer}, 1, 0, tmp_path / "a", {})
+    assert [row["reward"] for row in rows] == [1.0, None]
+    assert "BadRequestError" in rows[1]["reasons"][0] and not rows[1]["too_long"]
+    with pytest.raises(EndpointError, match="all 16 requests were refused, one of them so: .*BadRequestError"):
+        sit(asked_of[1:], {"it": lambda: writer}, 16, 0, tmp_path / "b", {})
 
 
 def test_calls_go_to_an_endpoint_with_identities():

@@ -262,6 +262,7 @@ def test_a_journal_is_read_from_a_file_on_and_without_a_last_line_that_was_cut_o
     assert again.read(second)[0] == ("lease", ["w"])
     again.forget(second)
     assert again.read(0) == again.read(second)
-    (tmp_path / "000009.jsonl").write_text("nonsense\n")
-    with pytest.raises(JournalError, match="000009.jsonl, line 1"):
-        again.read(0)
+    for line in ("nonsense", "5"):
+        (tmp_path / "000009.jsonl").write_text(f"{line}\n")
+        with pytest.raises(JournalError, match="000009.jsonl, line 1"):
+            again.read(0)

@@ -54,6 +54,7 @@ CLEAN = {
     "one other script alone": reply("月亮在哪里"),
     "Japanese, which mixes its own": reply("私はカタカナを書く"),
     "a block of code": reply("```python\nprint(1)\n```"),
+    "a separator that ends no line": reply("a\u2028``` b\x0c``` c\x85```"),
     "calls that differ": [
         message
         for number in range(6)

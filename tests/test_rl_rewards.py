@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import openai
 import pytest
 import torch
 from by_heart import serving
@@ -22,6 +21,7 @@ from minglm.chat import render_tokens
 from minglm.checkpoint import save_model
 from minglm.config import ConfigError
 from minglm.engine.engine import Engine
+from minglm.evals.endpoint import GRADER_KEY, Endpoint
 from minglm.model import GLM
 from minglm.posttrain.reward_model import RewardModel
 from minglm.rl.loop import rl
@@ -221,7 +221,9 @@ def called(arguments) -> str:
 
 
 def grader(url: str, by_call: bool = False) -> Grader:
-    return Grader(openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=10), "judge", "Is it kind?", by_call)
+    asked = Endpoint(url, "judge", GRADER_KEY, seconds=10)
+    asked._client = asked._client.with_options(max_retries=0)
+    return Grader(asked, "Is it kind?", by_call)
 
 
 def test_grades_become_rewards_and_every_failure_becomes_no_verdict(caplog):
@@ -235,6 +237,7 @@ def test_grades_become_rewards_and_every_failure_becomes_no_verdict(caplog):
         "none": (200, json.dumps({"object": "chat.completion", "choices": []})),
         "number": (200, json.dumps({"choices": 3})),
         "hollow": (200, json.dumps({"choices": [{}]})),
+        "text": (200, json.dumps({"choices": [{"message": "Grade: 9"}]})),
         "list": (200, "[]"),
         "html": (200, "<html>busy</html>"),
         "broken": (500, "{}"),
@@ -246,9 +249,9 @@ def test_grades_become_rewards_and_every_failure_becomes_no_verdict(caplog):
 
     with endpoint(answer) as (url, asked), caplog.at_level(logging.WARNING):
         found = grader(url).judge([Case(Echo(1, False), reply(name, "a thought")) for name in answers])
-    assert [one and one.reward for one in found] == [0.9, 0.0] + [None] * 11
+    assert [one and one.reward for one in found] == [0.9, 0.0] + [None] * 12
     assert found[0].reasons == ("graded 9 of 10",)
-    assert caplog.text.count("no verdict of the grader for a problem of echo") == 11
+    assert caplog.text.count("no verdict of the grader for a problem of echo") == 12
     assert all("Is it kind?" in one["messages"][0]["content"] and one["temperature"] == 0 for one in asked)
     assert all("say 3" in one["messages"][1]["content"] and "a thought" not in str(one) for one in asked)
 

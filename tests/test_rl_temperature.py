@@ -88,6 +88,11 @@ def test_what_judges_does_not_choose(base):  # noqa: F811
         set_aside(recipe_of(base, sampling=sampling, evaluation_problems=8))
 
 
+def test_no_problem_judges_twice(base):  # noqa: F811
+    judging, _ = set_aside(recipe_of(base, tasks=Tasks({"clock": (1, 2)}), evaluation_problems=64))
+    assert len({problem.key for problem in judging}) == len(judging) == 64  # of 64 draws there are 44
+
+
 def test_a_run_chooses_logs_and_goes_on_with_its_temperature(base, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr("minglm.rl.temperature.WINDOW", 1)
     monkeypatch.setattr("minglm.rl.curriculum.WINDOW", 1)

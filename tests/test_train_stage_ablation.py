@@ -101,3 +101,5 @@ def test_a_report_pairs_the_seeds_and_marks_what_is_no_chance():
     assert lines[0] == "### code, control"
     assert lines[4] == "| a | 2.0000 | 1.5000 | **0.5000 ± 0.0000** |"  # seeds differ, but not their difference
     assert "**" not in lines[5]
+    small = report({"code, control": [({"a": 1e-5 * seed}, {"a": 0.0}) for seed in (3, 4, 4)]})
+    assert "**0.0000 ± 0.0000**" in small  # by the numbers, not by their four digits

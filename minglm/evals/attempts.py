@@ -13,7 +13,7 @@ from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import Completion
 from minglm.evals.benchmarks.question import Question, Unscorable
-from minglm.evals.endpoint import Endpoint, Written
+from minglm.evals.endpoint import Endpoint, EndpointError, Refused, Written
 from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import Message, Problem, Verdict
 from minglm.tasks.text import ANSWER, STOPS, THINKING, conversation_text, document, in_one_form, prompt_text, read_answer
@@ -22,6 +22,7 @@ from minglm.tokenizer import Tokenizer
 FEWEST_NEW_TOKENS = 8  # with room for fewer a problem is left out: it could not be answered
 MORE_TURNS = 2  # than the demonstration needs
 AT_ONCE = 16  # questions to an endpoint
+CANNOT_JUDGE = (Unscorable, SandboxError, Refused)  # the last by a model that judges or plays a customer
 Asked = Problem | Question
 
 
@@ -198,12 +199,19 @@ class EndpointWriter:
 
     def write(self, attempts: Sequence[Attempt]) -> list[Written | None]:
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            return list(threads.map(self._turn, attempts))
+            found = list(threads.map(self._turn, attempts))
+        if len(found) >= AT_ONCE and not any(found):  # it is not the questions
+            raise EndpointError(f"all {len(found)} requests were refused, one of them so: {attempts[0].unjudged}")
+        return found
 
-    def _turn(self, one: Attempt) -> Written:
+    def _turn(self, one: Attempt) -> Written | None:
         messages = as_request([*one.problem.messages, *one.response])
         arguments = (one.problem.tools, self.thinking, self.temperature, self.tokens, one.seed % 2**31)
-        written = self.endpoint.ask(messages, *arguments)
+        try:
+            written = self.endpoint.ask(messages, *arguments)
+        except Refused as error:  # of this question: an exam that ended here would end here every time
+            one.unjudged = str(error)
+            return None
         return written._replace(message=in_one_form(written.message))
 
 
@@ -244,14 +252,14 @@ def attempt(
             for i, turn in zip(going, written, strict=True):
                 one = attempts[i]
                 if turn is None:
-                    one.too_long = not one.response  # later on, it ends with what it has
+                    one.too_long = not (one.response or one.unjudged)  # later on, it ends with what it has
                     episodes[i].done = True
                     continue
                 one.tokens, one.cut = one.tokens + turn.tokens, one.cut or turn.cut
                 one.response.append(turn.message)
                 try:
                     one.response += episodes[i].step(turn.message)
-                except (Unscorable, SandboxError) as error:
+                except CANNOT_JUDGE as error:
                     one.unjudged, episodes[i].done = str(error), True
                 turns[i] -= 1
             ended, going = going, [i for i in going if not episodes[i].done and turns[i]]
@@ -267,7 +275,7 @@ def _judge(one: Attempt) -> None:
     if not one.unjudged:
         try:
             one.verdict = one.problem.verify(one.response)
-        except (Unscorable, SandboxError) as error:
+        except CANNOT_JUDGE as error:
             one.unjudged = str(error)
 
 

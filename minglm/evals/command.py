@@ -115,12 +115,18 @@ def find_columns(models: Sequence[Path]) -> dict[str, tuple[Path, Path | None]]:
     if not models:
         raise ConfigError("eval: wanted a run folder or a folder of a model")
     found: dict[str, tuple[Path, Path | None]] = {}
+
+    def add(label: str, folder: Path, run: Path | None) -> None:
+        if label in found:
+            raise ConfigError(f"eval: {folder} and {found[label][0]} would both be called {label!r}; wanted other names")
+        found[label] = (folder, run)
+
     for path in models:
         prefix = f"{path.resolve().name}: " if len(models) > 1 else ""
         if (path / "config.json").is_file():
             is_step = path.resolve().parent.name == "checkpoints"
             run = path.resolve().parents[1] if is_step else None
-            found[f"{run.name}: {path.resolve().name}" if run else path.resolve().name] = (path, run)
+            add(f"{run.name}: {path.resolve().name}" if run else path.resolve().name, path, run)
             continue
         run = RunFolder(path)
         newest = run.newest_checkpoint()
@@ -129,7 +135,8 @@ def find_columns(models: Sequence[Path]) -> dict[str, tuple[Path, Path | None]]:
         stages = run.stage_checkpoints()
         if newest not in stages.values():
             stages[newest.name] = newest
-        found |= {prefix + label: (folder, path) for label, folder in stages.items()}
+        for label, folder in stages.items():
+            add(prefix + label, folder, path)
     return found
 
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from scipy.special import stdtrit
 
-from minglm.evals.exam import by_suite, read_rows
+from minglm.evals.exam import by_suite, read_rows, usable
 from minglm.evals.interval import Estimate, mean
-from minglm.evals.measure import EvaluationError
+from minglm.evals.measure import FEWEST_UNITS, EvaluationError
 
 NORMAL_80 = 0.8416212335729143  # the 80% quantile of the normal distribution
 ANSWERS = ".answers.jsonl"
@@ -35,7 +35,7 @@ def compare(before: Path, after: Path) -> list[Difference]:
         asked = {}
         for own in (left, right):
             for id, rows in own.get((suite, mode), {}).items():
-                rewards = [row["reward"] for row in rows if row["reward"] is not None]
+                rewards = [row["reward"] for row in rows if usable(row)]
                 if rewards:
                     asked.setdefault((id, rows[0]["asked"]), []).append(sum(rewards) / len(rewards))
         pairs = [pair for pair in asked.values() if len(pair) == 2]
@@ -69,11 +69,11 @@ def answers_of(path: Path) -> Path:
 
 
 def table_of(differences: Sequence[Difference]) -> str:
-    """Markdown; in bold what is surely not chance."""
+    """Markdown; in bold what is surely not chance, of `FEWEST_UNITS` problems or more."""
     lines = ["| suite | mode | problems | before | after | difference | detectable |", "|---|---|---|---|---|---|---|"]
     for one in differences:
         text = f"{one.change.value:+.3f}" + one.change.text().removeprefix(f"{one.change.value:.3f}")
-        text = f"**{text}**" if one.change.excludes(0.0) else text
+        text = f"**{text}**" if one.change.excludes(0.0) and one.change.count >= FEWEST_UNITS else text
         detectable = "?" if one.detectable is None else f"{min(1.0, one.detectable):.3f}"
         lines.append(
             f"| {one.suite} | {one.mode} | {one.change.count} | {one.before:.3f} | {one.after:.3f} | {text} | {detectable} |"

@@ -5,10 +5,12 @@ only what is new if it wants more questions, modes or samples. What is drawn for
 and number of the sample, and on nothing else.
 """
 
+import functools
 import hashlib
 import json
+import os
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,15 @@ def sit(
     writers: by mode. options: all else that decides an answer; a file of others is refused. A row holds suite, id, mode,
     sample, asked (the question's hash), reward (None: not judged, see `reasons`), tokens, thought, cut, too_long, response.
     """
-    known = read_rows(file, options) if file.is_file() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({"options": dict(options)}) + "\n"
+    if not file.is_file() or head.encode().startswith(file.read_bytes()):  # none yet, or killed while this line was written
+        file.write_text(head, encoding="utf-8")
+    known = read_rows(file, options)
     wanted = [(q, mode, sample) for mode in writers for q in questions for sample in range(samples)]
     open = [one for one in wanted if key_of(*one) not in known]
     if known and open:
         print(f"{file}: {len(wanted) - len(open)} of {len(wanted)} answers are there")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    if not file.is_file():
-        file.write_text(json.dumps({"options": dict(options)}) + "\n", encoding="utf-8")
     with (
         file.open("a", encoding="utf-8") as lines,
         tqdm(total=len(wanted), initial=len(wanted) - len(open), desc="exam", unit="answer", disable=not progress) as bar,
@@ -76,7 +79,7 @@ def sit(
                 def keep(one: Attempt, keys: dict[int, Any] = keys) -> None:
                     key = keys[id(one)]
                     known[key] = _row(key, one)
-                    lines.write(json.dumps(known[key], ensure_ascii=False) + "\n")
+                    lines.write(json.dumps(known[key]) + "\n")
                     lines.flush()
                     bar.update()
 
@@ -106,21 +109,20 @@ def _row(key: Sequence[Any], one: Attempt) -> Row:
 def read_rows(file: Path, options: Mapping[str, Any] | None = None) -> dict[tuple, Row]:
     """The answers of a file by their keys. A last line that was cut off is taken away. Raises EvaluationError for a file of
     other options, or one that is none of ours."""
-    text = file.read_text(encoding="utf-8")
-    whole, _, torn = text.rpartition("\n")
-    lines = whole.split("\n")
+    text = file.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]  # what follows the last newline was never finished
     try:
-        head, rows = json.loads(lines[0])["options"], [json.loads(line) for line in lines[1:]]
+        head, *rows = map(json.loads, whole.split(b"\n")[:-1])
         found = {tuple(row[name] for name in ("suite", "id", "mode", "sample", "asked")): row for row in rows}
+        known = head["options"]
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(f"{file}: these are no answers of an exam ({error!r}); delete the file") from error
     if options is not None:
-        if head != json.loads(json.dumps(dict(options))):
-            differ = [key for key in {**head, **options} if head.get(key) != options.get(key)]
-            told = ", ".join(f"{key} = {head.get(key)!r}, now {options.get(key)!r}" for key in differ)
+        if known != json.loads(json.dumps(dict(options))):
+            differ = [key for key in {**known, **options} if known.get(key) != options.get(key)]
+            told = ", ".join(f"{key} = {known.get(key)!r}, now {options.get(key)!r}" for key in differ)
             raise EvaluationError(f"{file} was written with {told}; wanted another --out, or --again to begin anew")
-        if torn:
-            file.write_text(whole + "\n", encoding="utf-8")
+        os.truncate(file, len(whole))
     return found
 
 
@@ -136,41 +138,56 @@ def by_suite(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, list[Row]]]
 def measures_of(rows: Sequence[Row], chances: Mapping[str, float | None], overlapping: Mapping[str, set[str]]) -> list[Measure]:
     """For each suite and mode: the mean reward over all samples, pass@k, pass^k, tokens and the share of answers that thought.
 
-    Problems are the units, so that an interval says what another draw of problems would give. chances: by suite.
-    overlapping: of a suite, the ids that training text holds; where there are some, the others are measured apart.
+    Problems are the units, so that an interval says what another draw of problems would give; those without an answer that
+    was judged are left out. chances: by suite. overlapping: of a suite, the ids that training text holds; where there are some,
+    the others are measured apart.
     """
-    found = []
-    for (suite, mode), questions in by_suite(rows).items():
-        judged = {
-            id: usable
-            for id, own in questions.items()
-            if (usable := [row for row in own if row["reward"] is not None and not row["too_long"]])
-        }
-        left_out = len(questions) - len(judged)
-        if not judged:
-            continue
-        means = {id: sum(row["reward"] for row in own) / len(own) for id, own in judged.items()}
-        n = min(len(own) for own in judged.values())
-        of = f" of {n}" if n > 1 else ""
-        found.append(scored("exam", suite, f"mean{of}, {mode}", list(means.values()), chances.get(suite), left_out))
-        if clean := [mean for id, mean in means.items() if id not in overlapping.get(suite, ())]:
-            if len(clean) < len(means):
-                found.append(scored("exam", suite, f"mean{of} without overlap, {mode}", clean, chances.get(suite)))
-        right = [sum(row["reward"] >= 1 for row in own[:n]) for own in judged.values()]
-        for k in ks_of(n):
-            found.append(scored("exam", suite, f"pass@{k}, {mode}", [pass_at(k, n, c) for c in right], left_out=left_out))
-            found.append(scored("exam", suite, f"pass^{k}, {mode}", [pass_all(k, n, c) for c in right], left_out=left_out))
-        answers = [row for own in judged.values() for row in own]
-        tokens = [sum(row["tokens"] for row in own) for own in judged.values()]
-        found.append(summed("exam", suite, f"tokens an answer, {mode}", tokens, [len(own) for own in judged.values()]))
-        found.append(scored("exam", suite, f"answers that thought, {mode}", _shares(judged, "thought")))
-        if any(row["cut"] for row in answers):
-            found.append(scored("exam", suite, f"answers cut at the limit, {mode}", _shares(judged, "cut")))
-    return found
+    return [
+        measure
+        for (suite, mode), questions in by_suite(rows).items()
+        for measure in _measures(suite, mode, questions, chances.get(suite), overlapping.get(suite, set()))
+    ]
 
 
-def _shares(judged: Mapping[str, Sequence[Row]], what: str) -> list[float]:
-    return [sum(row[what] for row in own) / len(own) for own in judged.values()]
+def _measures(
+    suite: str, mode: str, questions: Mapping[str, list[Row]], chance: float | None, overlapping: set[str]
+) -> Iterator[Measure]:
+    judged = [[row for row in own if usable(row)] for own in questions.values()]
+    if not any(judged):
+        return
+
+    def each(
+        quantity: str, value: Callable[[list[Row]], float], of: Sequence[list[Row]], chance: float | None = None
+    ) -> Measure:
+        return scored("exam", suite, f"{quantity}, {mode}", [value(own) if own else None for own in of], chance)
+
+    n = min(len(own) for own in judged if own)
+    average = f"mean of {n}" if n > 1 else "mean"
+    yield each(average, _mean("reward"), judged, chance)
+    clean = [[] if id in overlapping else own for id, own in zip(questions, judged, strict=True)]
+    if any(clean) and clean != judged:
+        yield each(f"{average} without overlap", _mean("reward"), clean, chance)
+    for k in ks_of(n):
+        yield each(f"pass@{k}", functools.partial(_passes, pass_at, k, n), judged)
+        yield each(f"pass^{k}", functools.partial(_passes, pass_all, k, n), judged)
+    tokens = [sum(row["tokens"] for row in own) for own in judged]
+    yield summed("exam", suite, f"tokens an answer, {mode}", tokens, [len(own) for own in judged])
+    yield each("answers that thought", _mean("thought"), judged)
+    if any(row["cut"] for own in judged for row in own):
+        yield each("answers cut at the limit", _mean("cut"), judged)
+
+
+def _passes(chance_of: Callable[[int, int, int], float], k: int, n: int, own: Sequence[Row]) -> float:
+    return chance_of(k, n, sum(row["reward"] >= 1 for row in own[:n]))
+
+
+def usable(row: Row) -> bool:
+    """Whether an answer says something about the model: it was asked, and judged."""
+    return row["reward"] is not None and not row["too_long"]
+
+
+def _mean(what: str) -> Callable[[list[Row]], float]:
+    return lambda own: sum(row[what] for row in own) / len(own)
 
 
 def unjudged(rows: Iterable[Row]) -> dict[str, int]:
@@ -194,7 +211,7 @@ def overview(measures_by_label: Mapping[str, Sequence[Measure]]) -> str:
             if measure.quantity.startswith("mean") and "without overlap" not in measure.quantity:
                 columns[column] = None
                 row[column] = measure.estimate.text(2)
-            elif measure.quantity.startswith("tokens"):
+            elif measure.quantity.startswith("tokens") and column in row:  # of some groups there is no mean
                 row[column] += f", {measure.estimate.value:.0f} tokens"
     lines = [f"| suite | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
     lines += [f"| {name} | {' | '.join(row.get(column, '–') for column in columns)} |" for name, row in cells.items()]

@@ -133,6 +133,8 @@ def _subjects(command: "Eval", names: Sequence[str]) -> dict[str, Subject]:
             f"samples = {command.samples}, limit = {command.limit}, temperature = {temperature}: wanted 1 or more, 0 or more"
         )
     shared = {"seed": command.seed, "temperature": temperature}
+    if command.grader_name is not None:
+        shared["grader"] = command.grader_name  # an answer left unjudged for want of one stays so in its file
     if command.endpoint is not None:
         if command.model is None or command.models:
             raise ConfigError("eval: wanted --endpoint with --model NAME, and no folder of a model")

@@ -20,7 +20,7 @@ from minglm.evals.measure import Measure, scored, summed
 from minglm.evals.scoring import Passage, Scored, Scorer, split_at_choice
 from minglm.tasks import FAMILIES, GROUPS
 from minglm.tasks.sandbox import SandboxError
-from minglm.tasks.task import HELD_OUT, TRAIN, Message, Problem, problems
+from minglm.tasks.task import HELD_OUT, TRAIN, Message, Problem, different_problems, problems
 from minglm.tasks.text import conversation_text, ended, in_one_form
 from minglm.tokenizer import Tokenizer
 
@@ -28,17 +28,11 @@ SHOTS = 2
 LEVELS = 2  # of a family's difficulties, from the easiest on: what small models differ in
 NEAR_MISSES = 3
 ALIKE = 1e-3  # shares
-DRAWS_A_PROBLEM = 8  # before a small family's split is taken for exhausted
 
 
 def exam(family: type[Problem], limit: int, seed: int = 0, levels: int = LEVELS) -> list[Problem]:
     """Up to `limit` different held-out problems of the `levels` easiest difficulties; fewer where there are no more."""
-    found: dict[str, Problem] = {}
-    for problem in islice(problems(family, HELD_OUT, seed, family.difficulties[:levels]), DRAWS_A_PROBLEM * limit):
-        found.setdefault(problem.key, problem)
-        if len(found) == limit:
-            break
-    return list(found.values())
+    return different_problems(family, HELD_OUT, seed, limit, family.difficulties[:levels])
 
 
 def shots_of(family: type[Problem], seed: int = 0, levels: int = LEVELS, count: int = SHOTS) -> tuple[Problem, ...]:
@@ -118,10 +112,12 @@ def _say_left_out(family: str, error: SandboxError) -> None:
 
 def judged(name: str, quantity: str, attempts: Sequence[Attempt]) -> Measure:
     """The mean reward; what the model could not be asked, or nobody could judge, is counted beside it; as 0 if that is all."""
-    asked = [one for one in attempts if not one.too_long and one.verdict] or attempts
-    chance = sum(one.problem.chance for one in asked) / len(asked)
-    scores = [one.verdict.reward if one.verdict else 0.0 for one in asked]
-    return scored("families", name, quantity, scores, chance, left_out=sum(one.too_long or not one.verdict for one in attempts))
+    scores = [one.verdict.reward if one.verdict and not one.too_long else None for one in attempts]
+    chances = [one.problem.chance for one, score in zip(attempts, scores, strict=True) if score is not None]
+    if not chances:
+        chances = [one.problem.chance for one in attempts]
+        return scored("families", name, quantity, [0.0] * len(attempts), sum(chances) / len(chances), len(attempts))
+    return scored("families", name, quantity, scores, sum(chances) / len(chances))
 
 
 def graded(
@@ -182,14 +178,14 @@ def by_group(measures: Sequence[Measure]) -> Iterator[Measure]:
         for quantity, own in pooled.items():
             if len(own) < 2:
                 continue
-            tops, bottoms = zip(*(unit for measure in own for unit in measure.units), strict=True)
-            left_out = sum(measure.left_out for measure in own)
+            units = [unit for measure in own for unit in measure.units]
+            left_out = sum(measure.left_out for measure in own) - sum(not any(unit) for unit in units)  # which are counted anew
             name = f"all {group}"
             if own[0].lower_is_better:
-                yield summed("families", name, quantity, tops, bottoms, left_out=left_out)
+                yield summed("families", name, quantity, *zip(*units, strict=True), left_out=left_out)
             else:
-                chance = sum(measure.chance * len(measure.units) for measure in own) / len(tops)
-                yield scored("families", name, quantity, tops, chance, left_out)
+                chance = sum(m.chance * m.estimate.count for m in own) / sum(m.estimate.count for m in own)
+                yield scored("families", name, quantity, [top if bottom else None for top, bottom in units], chance, left_out)
 
 
 def raised(own: Sequence[Scored], others: Sequence[Scored]) -> float:

@@ -22,9 +22,10 @@ class Measure:
 
     part: what was asked ("bits", "families", ...); name: of what (a domain, a family, ...); quantity: in which unit or by
     which measure ("bits per byte", "reward, 2-shot"). chance: what a guess would score, where that is known.
-    lower_is_better: as for losses. left_out: problems that this model could not be asked, because they do not fit its
-    positions; those that were asked are in `estimate.count`. units: numerator and denominator of each problem or document
-    that the value is the ratio of, so that two models can be compared unit by unit.
+    lower_is_better: as for losses. left_out: problems that this model could not be asked, because they do not fit
+    its positions, or whose answers nobody could judge; the others are in `estimate.count`. units: numerator and denominator of
+    each problem or document that the value is the ratio of, so that two models can be compared unit by unit; both 0 where a
+    problem that was left out has kept its place.
     """
 
     part: str
@@ -42,11 +43,13 @@ class Measure:
 
 
 def scored(
-    part: str, name: str, quantity: str, scores: Sequence[float], chance: float | None = None, left_out: int = 0
+    part: str, name: str, quantity: str, scores: Sequence[float | None], chance: float | None = None, left_out: int = 0
 ) -> Measure:
-    """A measure of scores from 0 to 1, Wilson's interval around their mean."""
-    units = tuple((float(score), 1.0) for score in scores)
-    return Measure(part, name, quantity, share(scores), chance, left_out=left_out, units=units)
+    """A measure of scores from 0 to 1, Wilson's interval around their mean. None: a problem that is left out, beside those of
+    `left_out`, and keeps its place among the units."""
+    units = tuple((0.0, 0.0) if score is None else (float(score), 1.0) for score in scores)
+    known = [score for score in scores if score is not None]
+    return Measure(part, name, quantity, share(known), chance, left_out=left_out + len(scores) - len(known), units=units)
 
 
 def summed(
@@ -59,9 +62,11 @@ def summed(
     lower_is_better: bool = True,
     left_out: int = 0,
 ) -> Measure:
-    """A measure of sum(numerators) / sum(denominators), such as nats and bytes of documents."""
+    """A measure of sum(numerators) / sum(denominators), such as nats and bytes of documents. 0 and 0: one that is left out."""
     units = tuple((float(top), float(bottom)) for top, bottom in zip(numerators, denominators, strict=True))
-    return Measure(part, name, quantity, ratio(numerators, denominators), chance, lower_is_better, left_out, units)
+    known = [unit for unit in units if any(unit)]
+    estimate = ratio(*zip(*known, strict=True)) if known else ratio([], [])
+    return Measure(part, name, quantity, estimate, chance, lower_is_better, left_out + len(units) - len(known), units)
 
 
 @dataclass
@@ -134,7 +139,7 @@ def direction(before: Measure, after: Measure) -> int:
     """1 where the later model is better, -1 where it is worse, 0 where their difference may be chance: the 95% interval of
     the change holds 0, the models were asked different problems, or fewer than `FEWEST_UNITS`."""
     same = [bottom for _, bottom in before.units] == [bottom for _, bottom in after.units]
-    if not same or len(after.units) < FEWEST_UNITS or before.left_out != after.left_out:
+    if not same or sum(map(any, after.units)) < FEWEST_UNITS or before.left_out != after.left_out:
         return 0
     change = change_of_ratio(before.units, after.units)
     if not change.excludes(0.0):
@@ -155,4 +160,4 @@ def _cell(measure: Measure | None) -> str:
     text = estimate.text()
     if chance is not None and estimate.excludes(chance) and (estimate.value < chance) == measure.lower_is_better:
         text = f"**{text}**"
-    return text + (f" ({measure.left_out} too long)" if measure.left_out else "")
+    return text + (f" ({measure.left_out} left out)" if measure.left_out else "")

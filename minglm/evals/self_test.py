@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from minglm.evals.benchmarks.question import Question, Unscorable
+from minglm.tasks.sandbox import SandboxError
 from minglm.tasks.task import Message, reply
 
 
@@ -38,7 +39,7 @@ def self_test(questions: Iterable[Question]) -> Iterator[Check]:
         for name, response, wanted in answers_to(question):
             try:
                 verdict = question.verify(response)
-            except Unscorable as error:
+            except (Unscorable, SandboxError) as error:
                 yield Check(question, name, None, wanted, str(error))
             else:
                 yield Check(question, name, verdict.reward, wanted, "; ".join(verdict.reasons))
@@ -51,7 +52,7 @@ def summary(checks: Sequence[Check]) -> list[str]:
         own = [check for check in checks if check.question.suite == suite]
         gold = [check for check in own if check.answer.startswith("gold")]
         right = sum(check.reward == 1 for check in gold)
-        zeros = [check for check in own if check not in gold and check.reward is not None]
+        zeros = [check for check in own if not check.answer.startswith("gold") and check.reward is not None]
         unjudged = len({check.question.id for check in own if check.reward is None})
         questions = len({check.question.id for check in own})
         lines.append(

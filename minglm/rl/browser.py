@@ -6,30 +6,34 @@ What a policy writes is anybody's text: all of it is escaped, and the page's own
 connection.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from minglm.rl.records import rollout_files
+
 MOST = 2000  # attempts of a page, a few megabytes; of longer runs every n-th is shown
 
 
 def write_browser(run: Path) -> Path:
     """Read the rollouts of the run folder `run` -> the page beside them."""
-    found = list(_read(run / "rollouts"))
-    every = -(-len(found) // MOST) or 1
+    files = rollout_files(run / "rollouts")
+    count = sum(path.read_bytes().count(b"\n") for path in files.values())
+    every = -(-count // MOST) or 1
     path = run / "rollouts.html"
-    path.write_text(page(found[::every], len(found), run.name), encoding="utf-8")
+    path.write_text(page(list(itertools.islice(_read(files), 0, None, every)), count, run.name), encoding="utf-8")
     return path
 
 
-def _read(folder: Path) -> Iterator[dict[str, Any]]:
-    """Every line of step-N.jsonl with its step, the first step first."""
-    for path in sorted(folder.glob("step-*.jsonl"), key=lambda path: int(path.stem.removeprefix("step-"))):
+def _read(files: Mapping[int, Path]) -> Iterator[dict[str, Any]]:
+    """Every line with its step: a long run's are more than memory may hold."""
+    for step, path in files.items():
         with path.open(encoding="utf-8") as lines:
             for line in lines:
-                yield {"step": int(path.stem.removeprefix("step-")), **json.loads(line)}
+                yield {"step": step, **json.loads(line)}
 
 
 def page(attempts: Sequence[Mapping[str, Any]], of: int, name: str) -> str:

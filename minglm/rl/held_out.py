@@ -3,7 +3,6 @@
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 from minglm.config import ConfigError
@@ -14,7 +13,7 @@ from minglm.rl.recipe import RLRecipe
 from minglm.rl.rewards import by_source
 from minglm.rl.rollout import Asked, Rollouts, Trajectory
 from minglm.tasks import FAMILIES
-from minglm.tasks.task import Problem, problems
+from minglm.tasks.task import Problem, different_problems
 
 
 class HeldOut(NamedTuple):
@@ -53,20 +52,16 @@ def attempt_held_out(rollouts: Rollouts, asked: Sequence[Problem]) -> HeldOut:
 
 
 def set_aside(recipe: RLRecipe) -> tuple[list[Problem], list[Problem]]:
-    """Held-out problems: those that judge the run, and others, by which a dynamic temperature is chosen; as many of each
-    family. Raises ConfigError where there are no others."""
+    """Different held-out problems: those that judge the run, and others, by which a dynamic temperature is chosen; as many of
+    each family, or as there are. Raises ConfigError where there are no others."""
     judging, choosing, count = [], [], recipe.evaluation_problems
     for family, levels in recipe.tasks.levels.items():
-        stream = problems(FAMILIES[family], HELD_OUT, recipe.seed, levels)
-        first = list(islice(stream, count))
-        judging += first
-        if recipe.sampling.temperatures:
-            known = {problem.key for problem in first}
-            others = list(islice((problem for problem in islice(stream, 100 * count) if problem.key not in known), count))
-            if not others:
-                raise ConfigError(
-                    f"sampling.temperatures: {family} has no held-out problems to choose by beside the {count} that judge; "
-                    "wanted fewer evaluation_problems, or more difficulties"
-                )
-            choosing += others
+        chooses = bool(recipe.sampling.temperatures)
+        own = different_problems(FAMILIES[family], HELD_OUT, recipe.seed, (1 + chooses) * count, levels)
+        if chooses and len(own) <= count:
+            raise ConfigError(
+                f"sampling.temperatures: {family} has no held-out problems to choose by beside the {count} that judge; "
+                "wanted fewer evaluation_problems, or more difficulties"
+            )
+        judging, choosing = [*judging, *own[:count]], [*choosing, *own[count:]]
     return judging, choosing

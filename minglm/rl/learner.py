@@ -18,6 +18,7 @@ from minglm.checkpoint import load_model
 from minglm.config import GLMConfig
 from minglm.model import GLM, LossTotals
 from minglm.optim import MuonAdamW, build_optimizer
+from minglm.rl import algorithms
 from minglm.rl.advantages import Advantages, advantages
 from minglm.rl.algorithms import Tokens, count, policy_loss, value_loss
 from minglm.rl.critic import Critic
@@ -293,8 +294,7 @@ class PolicyLearner(Learner):
     def _entropies(self, hidden: Tensor, rows: Rows) -> Tensor:
         """Of the distribution of each label that the policy chose, (b * t,) fp32; 0 elsewhere."""
         logits = self.model.lm_head(hidden[rows.sampled]).float() / rows.temperatures[rows.sampled][:, None]
-        log_probs = logits.log_softmax(-1)
-        found = -(log_probs.exp() * log_probs).sum(-1)
+        found = algorithms.entropy(logits)
         return torch.zeros(rows.labels.shape, device=found.device).masked_scatter(rows.sampled, found).flatten()
 
     def save(self, folder: Path) -> dict[str, Any]:

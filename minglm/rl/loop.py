@@ -30,7 +30,7 @@ from minglm.rl.plots import plot_run
 from minglm.rl.practice import Practice, practise
 from minglm.rl.quantised import fp8_copy, fp8_state
 from minglm.rl.recipe import RLRecipe, load_rl_recipe, resolve_base, save_rl_recipe
-from minglm.rl.records import record_of, tokens_of, write_rollouts
+from minglm.rl.records import forget_rollouts, record_of, tokens_of, write_rollouts
 from minglm.rl.rehearsal import rehearse
 from minglm.rl.rewards import combined
 from minglm.rl.rollout import Limits, Rollouts
@@ -254,6 +254,7 @@ class Loop:
         self.learner.load(checkpoint, state)
         self.load_own_state(state)
         self.metrics.cut_back(self.step)
+        forget_rollouts(self.folder.path / "rollouts", self.step)
         print(f"resuming: {checkpoint}")
 
     def _seconds(self) -> float:

@@ -88,7 +88,7 @@ def _marks(text: str, given: str) -> Iterator[str]:
     for mark in sorted({*MARK.findall(text)}):
         if mark not in given:
             yield f"mark out of place: {mark}"
-    if sum(line.lstrip().startswith("```") for line in text.splitlines()) % 2:
+    if sum(line.lstrip().startswith("```") for line in re.split(r"\r\n|\n|\r", text)) % 2:
         yield "mark out of place: a block of code that is never closed"
 
 

@@ -1,26 +1,19 @@
 """What a run writes down of its attempts: the numbers of a step for metrics.jsonl, and every attempt as text."""
 
 import json
-import math
+import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minglm.evals.passes import pass_at
 from minglm.rl.practice import Practice
 from minglm.rl.recipe import RLRecipe
 from minglm.rl.rewards import by_source
 from minglm.rl.rollout import Trajectory
 from minglm.tokenizer import Tokenizer
-
-
-def pass_at(k: int, attempts: int, solved: int) -> float:
-    """The unbiased estimate of the chance that one of k attempts solves a problem of which `solved` of `attempts` did (Codex,
-    2107.03374, section 2.1): 1 - C(n - c, k) / C(n, k). Raises ValueError for more than there are."""
-    if not 1 <= k <= attempts or not 0 <= solved <= attempts:
-        raise ValueError(f"pass@{k} of {solved} solved in {attempts} attempts: wanted k from 1 to the attempts made")
-    return 1.0 - math.comb(attempts - solved, k) / math.comb(attempts, k)
 
 
 def passes(groups: Sequence[Sequence[Trajectory]]) -> dict[str, float]:
@@ -81,7 +74,8 @@ def by_family(judged: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def write_rollouts(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, folder: Path, step: int) -> None:
-    """What was asked and answered, one attempt a line, in step-N.jsonl; an attempt that has failed has no reward."""
+    """What was asked and answered, one attempt a line, in step-N.jsonl; an attempt that has failed has no reward. The file is
+    there when it is complete."""
     folder.mkdir(exist_ok=True)
     lines = (
         json.dumps(
@@ -99,4 +93,18 @@ def write_rollouts(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, fol
         )
         for one in trajectories
     )
-    (folder / f"step-{step}.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    aside = folder / ".writing"
+    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    os.replace(aside, folder / f"step-{step}.jsonl")
+
+
+def rollout_files(folder: Path) -> dict[int, Path]:
+    """By step, the first one first."""
+    return dict(sorted((int(path.stem.removeprefix("step-")), path) for path in folder.glob("step-*.jsonl")))
+
+
+def forget_rollouts(folder: Path, step: int) -> None:
+    """Those behind `step`, which are done again otherwise or not at all."""
+    for number, path in rollout_files(folder).items():
+        if number > step:
+            path.unlink()

@@ -9,20 +9,19 @@ that nobody gave.
 import json
 import logging
 import math
-import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from minglm.chat import ChatError, render_tokens
 from minglm.config import ConfigError
-from minglm.evals.endpoint import GRADER_KEY
+from minglm.evals.endpoint import GRADER_KEY, Endpoint, EndpointError
 from minglm.posttrain.lint import violation
 from minglm.posttrain.preferences import without_reasoning
 from minglm.posttrain.reward_model import RewardModel, load_reward_model, score
@@ -34,9 +33,6 @@ from minglm.rl.rollout import Trajectory
 from minglm.tasks.task import Message, Problem, Verdict
 from minglm.tokenizer import Tokenizer
 from minglm.train.run_folder import model_folder
-
-if TYPE_CHECKING:
-    from openai import OpenAI
 
 log = logging.getLogger(__name__)
 
@@ -130,33 +126,26 @@ TOOL = {"type": "function", "function": {"name": "grade", "description": "Gives 
 class Grader:
     """A model behind an OpenAI-compatible endpoint that grades by a rubric: AI feedback (RLAIF, arXiv 2309.00267)."""
 
-    def __init__(self, client: "OpenAI", name: str, rubric: str, by_call: bool = False):
-        """name: of the model, as the endpoint calls it. by_call: the grade is the argument of a call that the endpoint makes
-        the model write (`tool_choice`), in place of a line after its reasons."""
-        self.client, self.name, self.by_call = client, name, by_call
+    def __init__(self, endpoint: Endpoint, rubric: str, by_call: bool = False):
+        """by_call: the grade is the argument of a call that the endpoint makes the model write, in place of a line after its
+        reasons."""
+        self.endpoint, self.by_call = endpoint, by_call
         self.instructions = INSTRUCTIONS.format(form=CALL if by_call else LINE, rubric=rubric)
-        self.forced = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "grade"}}} if by_call else {}
+        self.forced = {"tools": [TOOL], "must_call": TOOL["function"]["name"]} if by_call else {}
 
     def judge(self, cases: Sequence[Case]) -> list[Verdict | None]:
         with ThreadPoolExecutor(AT_ONCE) as threads:
             return list(threads.map(self._grade, cases))
 
     def _grade(self, case: Case) -> Verdict | None:
-        from openai import OpenAIError
-
         asked = f"The question:\n{_told(case.problem.messages)}\n\nThe answer:\n{_told(case.response)}"
         messages = [{"role": "system", "content": self.instructions}, {"role": "user", "content": asked}]
         try:
-            answer = self.client.chat.completions.create(
-                model=self.name, messages=messages, temperature=0, max_completion_tokens=GRADE_TOKENS, **self.forced
-            )
-        except (OpenAIError, ValueError) as error:  # the client lets bodies that are no JSON through as ValueError
-            return no_verdict(case, "grader", f"{type(error).__name__}: {error}")
-        try:
-            message = answer.choices[0].message
-            found = message.tool_calls[0].function.arguments if self.by_call else message.content
-        except (AttributeError, IndexError, TypeError):  # JSON that is no completion comes as it is
-            found = None
+            message = self.endpoint.ask(messages, tokens=GRADE_TOKENS, **self.forced).message
+        except EndpointError as error:
+            return no_verdict(case, "grader", str(error))
+        calls = message.get("tool_calls")
+        found = (calls[0]["function"].get("arguments") if calls else None) if self.by_call else message["content"]
         grade = called_grade(found) if self.by_call else read_grade(found)
         if grade is None:
             return no_verdict(case, "grader", f"found no single grade from 0 to 10 in {found!r:.200}")
@@ -267,13 +256,11 @@ def combined(rewards: Rewards, device: torch.device) -> Combined:
             )
         sources["model"] = model_source(model_folder(rewards.model_folder), device)
     if rewards.uses("rubric"):
-        from openai import OpenAI
-
         for key in ("rubric_text", "grader_name"):
             if not getattr(rewards, key):
                 raise ConfigError(f"rewards.{key}: missing; wanted one for the model that grades")
-        client = OpenAI(base_url=rewards.grader_url, api_key=os.environ.get(GRADER_KEY, "none"), timeout=SECONDS)
-        sources["rubric"] = Grader(client, rewards.grader_name, rewards.rubric_text, rewards.grader_call)
+        endpoint = Endpoint(rewards.grader_url, rewards.grader_name, GRADER_KEY, SECONDS)
+        sources["rubric"] = Grader(endpoint, rewards.rubric_text, rewards.grader_call)
     return Combined(sources, rewards)
 
 

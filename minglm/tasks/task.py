@@ -19,6 +19,7 @@ A response is judged by replaying it in a fresh episode, so `verify` is a functi
 """
 
 import hashlib
+import itertools
 import json
 import random
 from abc import ABC, abstractmethod
@@ -31,6 +32,7 @@ Message = dict[str, Any]
 """A message in OpenAI's format: role, content, and for the assistant reasoning_content and tool_calls."""
 
 HELD_OUT_ONE_IN = 5
+DRAWS_A_PROBLEM = 8  # before a small family is taken for exhausted
 
 
 class TaskError(ValueError):
@@ -157,6 +159,23 @@ def problems(
             missed += 1
             if missed == 1000:
                 raise TaskError(f"{family.family}, difficulties {chosen}: 1,000 problems drawn, none of split {split!r}")
+
+
+def different_problems(
+    family: type[Problem],
+    split: Literal["train", "held_out"],
+    seed: int,
+    count: int,
+    difficulties: Sequence[int] | None = None,
+) -> list[Problem]:
+    """The first `count` different ones of `problems`: what is asked twice says less than it counts for. Fewer where so many
+    draws a problem as `DRAWS_A_PROBLEM` hold no more."""
+    found: dict[str, Problem] = {}
+    for problem in itertools.islice(problems(family, split, seed, difficulties), DRAWS_A_PROBLEM * count):
+        found.setdefault(problem.key, problem)
+        if len(found) == count:
+            break
+    return list(found.values())
 
 
 def reply(content: str, thinking: str | None = None) -> list[Message]:

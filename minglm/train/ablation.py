@@ -149,10 +149,14 @@ def _result(records: Sequence[Mapping[str, Any]]) -> RunResult:
 
 def mean_and_interval(values: Sequence[float]) -> str:
     """`mean ± half width` of the 95% confidence interval (Student's t); without a width for a single value."""
-    mean = statistics.mean(values)
-    if len(values) < 2:
-        return f"{mean:.4f}"
-    return f"{mean:.4f} ± {stdtrit(len(values) - 1, 0.975) * statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+    half = half_width(values)
+    return f"{statistics.mean(values):.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def half_width(values: Sequence[float]) -> float | None:
+    """Of the mean's 95% confidence interval (Student's t); None for a single value, which has none."""
+    n = len(values)
+    return float(stdtrit(n - 1, 0.975)) * statistics.stdev(values) / math.sqrt(n) if n > 1 else None
 
 
 def report(results: Mapping[str, Sequence[RunResult]]) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minglm.config import ConfigError
-from minglm.train.ablation import mean_and_interval
+from minglm.train.ablation import half_width, mean_and_interval
 from minglm.train.recipe import Recipe
 from minglm.train.run_folder import RunFolder
 from minglm.train.span import Span
@@ -219,9 +219,9 @@ def report(pairs: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, 
             if not all(name in numbers for pair in runs for numbers in pair):
                 continue
             own, other = ([pair[index][name] for pair in runs] for index in (0, 1))
-            difference = mean_and_interval([a - b for a, b in zip(own, other, strict=True)])
-            mean, _, width = difference.partition(" ± ")
-            if width and abs(float(mean)) > float(width):
+            differences = [a - b for a, b in zip(own, other, strict=True)]
+            difference, half = mean_and_interval(differences), half_width(differences)
+            if half is not None and abs(statistics.mean(differences)) > half:
                 difference = f"**{difference}**"
             lines.append(f"| {name} | {statistics.mean(own):.4f} | {statistics.mean(other):.4f} | {difference} |")
         lines.append("")

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from minglm.evals.benchmarks.mathematics import boxed, equal, integer
-from minglm.evals.benchmarks.question import Question, asked, judged_text
+from minglm.evals.benchmarks.question import Question, asked, digest, judged_text
 from minglm.evals.benchmarks.records import Record
 from minglm.tasks.task import reply
 
@@ -15,14 +15,14 @@ BOXED = "\n\nReason step by step, and put the final answer into \\boxed{}."
 CHOOSE = '\n\nEnd with a line of the form "Answer: LETTER", with the letter of the one right choice.'
 LETTER = re.compile(r"answer(?: is|:)?[\s:*]*(?:\\boxed\{|\\text\{|\(|\$)*([A-J])\b", re.IGNORECASE)
 BARE_LETTER = re.compile(r"\(?([A-J])[).]?")
-EXACT = re.compile(r"^\W*Exact Answer\W*:\**[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+EXACT = re.compile(r"^[^\w\n]*Exact Answer\W*:\**[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 
 
-def chosen_letter(content: str) -> str | None:
-    """The last letter that the answer names as its choice; None if there is none."""
+def chosen_letter(content: str, letters: str = LETTERS) -> str | None:
+    """The last of the letters that the answer names as its choice, or that it is or has in a box; None if there is none."""
+    named = [letter for letter in LETTER.findall(content) if letter in letters]
     bare = BARE_LETTER.fullmatch((boxed(content) or content).strip())
-    found = [bare.group(1)] if bare else [letter for letter in LETTER.findall(content) if letter.isupper()]
-    return found[-1] if found else None
+    return named[-1] if named else bare and bare.group(1)
 
 
 def exact_answer(content: str) -> str | None:
@@ -40,7 +40,7 @@ def choice_question(suite: str, id: str, record: Record, text: str, options: Seq
     wanted = LETTERS[right]
 
     def why_wrong(content: str) -> str | None:
-        found = chosen_letter(content)
+        found = chosen_letter(content, LETTERS[: len(options)])
         return None if found == wanted else f"chose {found}; right is {wanted}"
 
     gold = reply(f"Answer: {wanted}")
@@ -61,7 +61,7 @@ def aime(record: Record) -> Question:
             return "no \\boxed{} answer"
         return None if integer(found) == wanted else f"the answer is {found[:60]}; right is {wanted}"
 
-    id = record.take(("id", "ID", "unique_id"), str, record.place)
+    id = record.take(("id", "ID", "unique_id"), str, digest(text))
     gold = reply(f"\\boxed{{{wanted}}}")
     return Question("aime", id, asked(text + BOXED), judged_text(why_wrong), gold, published=text)
 
@@ -76,8 +76,8 @@ def math_500(record: Record) -> Question:
             return "no \\boxed{} answer"
         return None if equal(found, wanted) else f"the answer is {found[:60]}; right is {wanted[:60]}"
 
-    id = record.take("unique_id", str, record.place)
     text, gold = record.take("problem", str), reply(f"\\boxed{{{wanted}}}")
+    id = record.take("unique_id", str, digest(text))
     return Question("math_500", id, asked(text + BOXED), judged_text(why_wrong), gold, published=text)
 
 
@@ -87,7 +87,7 @@ def gpqa(record: Record) -> Question:
     right = record.take("Correct Answer", str)
     options = [right, *(record.take(f"Incorrect Answer {number}", str) for number in (1, 2, 3))]
     order = random.Random(text).sample(range(4), 4)
-    id = record.take("Record ID", str, record.place)
+    id = record.take("Record ID", str, digest(text))
     return choice_question("gpqa", id, record, text, [options[place].strip() for place in order], order.index(0))
 
 

@@ -20,8 +20,8 @@ PYTHON_TYPES = {
 }  # fmt: skip
 NEEDS = {
     "multi_turn": "the simulated programs of bfcl_eval, whose states are compared after each turn",
-    "java": "values in the syntax of Java",
     "javascript": "values in the syntax of JavaScript",
+    "java": "values in the syntax of Java",  # behind the one that begins like it
     "exec": "the functions themselves, some of which ask services on the network",
     "rest": "services on the network",
     "memory": "the memory stores of BFCL v4",
@@ -40,10 +40,12 @@ def bfcl(record: Record) -> Question:
         raise record.fail("question", turns, "a list of turns, each a list of messages")
     functions = record.take_json("function", list, [])
     messages = turns[0]
-    needs = next((needs for part, needs in NEEDS.items() if category.removeprefix("live_").startswith(part)), None)
+    kind = category.removeprefix("live_").removeprefix("simple_")  # the newer files have simple_java
+    needs = next((needs for part, needs in NEEDS.items() if kind.startswith(part)), None)
     if needs:
         return Question("bfcl", id, messages, _unscorable(record.place, category, needs), place=record.place)
-    if not functions or not all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions):
+    described = all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in functions)
+    if not described or not (functions or category.endswith("irrelevance")):
         raise record.fail("function", functions, "descriptions of functions, each with a name")
     tools = [{"type": "function", "function": _as_tool(function)} for function in functions]
     if category.endswith("irrelevance"):
@@ -61,12 +63,12 @@ def bfcl(record: Record) -> Question:
     wanted = record.take_json("ground_truth", list)
     if not wanted or not all(isinstance(one, dict) and len(one) == 1 for one in wanted):
         raise record.fail("ground_truth", wanted, "objects of one function each, with lists of values for its arguments")
-    described = {function["name"]: function for function in functions}
+    by_name = {function["name"]: function for function in functions}
     pairs = [next(iter(one.items())) for one in wanted]
     for name, arguments in pairs:
         lists = isinstance(arguments, dict) and all(isinstance(values, list) for values in arguments.values())
-        if name not in described or not lists:
-            raise record.fail("ground_truth", {name: arguments}, f"one of {sorted(described)} with lists of values")
+        if name not in by_name or not lists:
+            raise record.fail("ground_truth", {name: arguments}, f"one of {sorted(by_name)} with lists of values")
     gold_calls = [(name, {key: _first(v) for key, v in own.items() if v and v[0] != ""}) for name, own in pairs]
     gold = [{"role": "assistant", "content": "", "tool_calls": [_call(name, own) for name, own in gold_calls]}]
 
@@ -75,7 +77,7 @@ def bfcl(record: Record) -> Question:
             return f"{len(calls)} calls; wanted {len(pairs)}"
         rest = list(calls)
         for name, arguments in pairs:
-            reasons = [why_not_this_call(call, described[name], arguments) for call in rest]
+            reasons = [why_not_this_call(call, by_name[name], arguments) for call in rest]
             if None not in reasons:
                 return f"no call fits {name}: {reasons[0]}"
             rest.pop(reasons.index(None))
@@ -127,7 +129,8 @@ def _first(values: Sequence[Any]) -> Any:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(own[0]) for key, own in value.items() if isinstance(own, list) and own and own[0] != ""}
+        firsts = {key: _options(own)[0] for key, own in value.items() if own != []}
+        return {key: _plain(first) for key, first in firsts.items() if first != ""}
     return [_plain(one) for one in value] if isinstance(value, list) else value
 
 

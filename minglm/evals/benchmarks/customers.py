@@ -183,13 +183,15 @@ def _question(
     def judge(response: Sequence[Message]) -> Verdict:
         turns = [message for message in response if message.get("role") == "assistant"]
         calls = [call for message in turns for call in calls_of(message)]
-        said = " ".join(str(message.get("content") or "") for message in turns).lower().replace(",", "")
+        # As published: what stands beside a call is heard by nobody, and an output is said within one message.
+        heard = [message for message in turns if not message.get("tool_calls")]
+        said = [str(message.get("content") or "").lower().replace(",", "") for message in heard]
         reasons = []
         if actions and not calls:
             reasons.append("did nothing")
         if shop.after(calls)["state"] != shop.after(actions)["state"]:
             reasons.append("left the data in another state")
-        reasons += [f"did not say {output}" for output in outputs if output.lower() not in said]
+        reasons += [f"did not say {output}" for output in outputs if not any(output.lower() in one for one in said)]
         return Verdict(0.0, tuple(reasons)) if reasons else RIGHT
 
     gold: list[Message] = []

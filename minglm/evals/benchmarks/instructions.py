@@ -1,7 +1,7 @@
 """IFEval (arXiv 2311.07911): constraints that a program can check. Strict: the answer as it stands must keep all of them.
 
 Two of the checks are near, not equal, to the published ones, which need nltk's models: sentences end at . ! or ? before a
-blank or the end, and words are runs of letters and digits with - and ' inside.
+blank or the end, and words in capitals are runs of letters and digits with - and ' inside.
 """
 
 import json
@@ -14,6 +14,7 @@ from minglm.evals.benchmarks.records import Record
 from minglm.tasks.task import reply
 
 RELATIONS = {"less than": lambda count, limit: count < limit, "at least": lambda count, limit: count >= limit}
+BULLETS = (r"^[^\S\n]*\*[^*].*$", r"^[^\S\n]*-.*$")
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -58,7 +59,18 @@ def _highlights(text: str, arguments: Mapping[str, Any]) -> bool:
 
 
 def _bullets(text: str, arguments: Mapping[str, Any]) -> bool:
-    return len(re.findall(r"^\s*(?:\*[^*].*|-.*)$", text, re.MULTILINE)) == arguments["num_bullets"]
+    return sum(len(re.findall(line, text, re.MULTILINE)) for line in BULLETS) == arguments["num_bullets"]
+
+
+def _placeholders(text: str) -> int:
+    """Matches of `\\[.*?\\]`, in linear time."""
+    return sum("[" in part for line in text.split("\n") for part in line.split("]")[:-1])
+
+
+def _title(text: str, arguments: Mapping[str, Any]) -> bool:
+    """A match of `<<[^\\n]+>>` that has more than blanks, in linear time."""
+    lines = ((line, line.find("<<"), line.rfind(">>")) for line in text.split("\n"))
+    return any(0 <= start < end - 2 and line[start : end + 2].lstrip("<").rstrip(">").strip() for line, start, end in lines)
 
 
 def _postscript(text: str, arguments: Mapping[str, Any]) -> bool:
@@ -136,7 +148,7 @@ KINDS: dict[str, Kind] = {
         {"num_paragraphs": int, "nth_paragraph": int, "first_word": str}, _nth_paragraph
     ),
     "detectable_content:number_placeholders": Kind(
-        {"num_placeholders": int}, lambda t, a: len(re.findall(r"\[.*?\]", t)) >= a["num_placeholders"]
+        {"num_placeholders": int}, lambda t, a: _placeholders(t) >= a["num_placeholders"]
     ),
     "detectable_content:postscript": Kind({"postscript_marker": str}, _postscript),
     "detectable_format:number_bullet_lists": Kind({"num_bullets": int}, _bullets),
@@ -147,7 +159,7 @@ KINDS: dict[str, Kind] = {
         lambda t, a: len(re.findall(rf"{re.escape(a['section_spliter'].strip())}\s?\d+", t)) >= a["num_sections"],
     ),
     "detectable_format:json_format": Kind({}, _json),
-    "detectable_format:title": Kind({}, lambda t, a: any(one.strip("<> ") for one in re.findall(r"<<[^\n]+>>", t))),
+    "detectable_format:title": Kind({}, _title),
     "combination:two_responses": Kind({}, _two_responses),
     "combination:repeat_prompt": Kind(
         {"prompt_to_repeat": str}, lambda t, a: t.strip().lower().startswith(a["prompt_to_repeat"].strip().lower())

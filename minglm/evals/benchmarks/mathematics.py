@@ -14,6 +14,7 @@ import re
 POINTS = 3  # values of the variables at which two expressions are compared
 LONGEST = 400  # characters
 MOST_PARTS = 32  # of a set or list
+MOST_CHOSEN_FROM = 1000  # of binomial coefficients: those of more are no floats
 UNITS = r"\\(?:text|mbox|mathrm|textbf)\{ *(?:[a-zA-Z]+(?: [a-zA-Z^0-9]+)*\.?) *\}"
 DROPPED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\$", "$", "\\%", "%", "^\\circ", "^{\\circ}", "\\displaystyle")
 ALIKE = {"tfrac": "frac", "dfrac": "frac", "cfrac": "frac", "times": "cdot", "leq": "le", "geq": "ge", "neq": "ne"}
@@ -22,6 +23,7 @@ FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "ln": cmath.log, "exp": cmath.exp, "log": cmath.log,
     "arctan": cmath.atan, "arcsin": cmath.asin, "arccos": cmath.acos, "sinh": cmath.sinh, "cosh": cmath.cosh,
 }  # fmt: skip
+BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]|.)")
 
 
@@ -31,15 +33,16 @@ class _Unreadable(ValueError):
 
 def boxed(text: str) -> str | None:
     r"""What stands in the last \boxed{...} or \fbox{...}, braces matched; None if there is none that is closed."""
-    found = None
-    for match in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                found = text[match.end() : end]
-                break
-    return found
+    open: list[tuple[int, bool]] = []  # behind which brace, and whether it is a box's
+    last = slice(0, 0)
+    for match in BRACE.finditer(text):  # once through the text, however many boxes are never closed
+        if match[0] != "}":
+            open.append((match.end(), match[0] != "{"))
+        elif open:
+            start, is_box = open.pop()
+            if is_box and start > last.start:
+                last = slice(start, match.start())
+    return text[last] if last.start else None
 
 
 def integer(text: str) -> int | None:
@@ -230,6 +233,8 @@ class _Value:
             return complex(self._argument()) ** (1 / degree)
         if token == "\\binom":
             n, k = self._argument(), self._argument()
+            if abs(n) > MOST_CHOSEN_FROM or abs(k) > MOST_CHOSEN_FROM:
+                raise _Unreadable
             return complex(math.comb(int(n.real), int(k.real)))
         if token.startswith("\\") and name in FUNCTIONS:
             if name == "log" and self._next == "_":

@@ -9,20 +9,22 @@ import base64
 import functools
 import io
 import json
+import operator
 import pickle
 import re
 import secrets
 import zlib
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from minglm.evals.benchmarks.question import RIGHT, Judge, Question, Unscorable, asked, judged_text
-from minglm.evals.benchmarks.records import Record, RecordError
+from minglm.evals.benchmarks.records import Record
 from minglm.tasks.sandbox import Case, Limits, default_sandbox, run_function_tests
 from minglm.tasks.task import Episode, Message, TaskError, Verdict, reply
 
 LIMITS = Limits(cpu=10.0, wall=20.0, memory=1 << 30)
-FENCE = re.compile(r"```(?:python|py|python3)?[ \t]*\n(.*?)```", re.DOTALL)
+FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 IMPORTS = """import sys, re, math, random, heapq, bisect, itertools, functools, collections, operator, string, copy, datetime
 from typing import *
 from math import *
@@ -123,10 +125,11 @@ def live_code_bench(record: Record) -> Question:
     name = metadata.get("func_name")
     if functional and not name:
         raise record.fail("metadata.func_name", name, "the name of the method that functional tests call")
+    cases = _cases(record, tests) if functional else []
 
     def why_wrong(content: str) -> str | None:
         code = code_of(content)
-        return _function_fails(code, name, tests) if functional else _program_fails(code, tests)
+        return _function_fails(code, name, cases) if functional else _program_fails(code, tests)
 
     form = f"Write the method in this class:\n\n```python\n{starter}\n```" if functional else "Read stdin and write stdout."
     content = record.take("question_content", str)
@@ -137,17 +140,24 @@ def live_code_bench(record: Record) -> Question:
     return Question("live_code_bench", id, asked(text), judged_text(why_wrong), gold, published=content)
 
 
-def _function_fails(code: str, name: str, tests: Sequence[dict[str, str]]) -> str | None:
-    try:
-        cases = [
-            Case([json.loads(line) for line in test["input"].split("\n") if line.strip()], json.loads(test["output"]))
-            for test in tests
-        ]
-    except ValueError as error:
-        raise RecordError(f"functional test {tests[0]!r:.100}: wanted a JSON value a line ({error})") from None
+def _cases(record: Record, tests: Sequence[dict[str, str]]) -> list[Case]:
+    found = []
+    for test in tests:
+        try:
+            arguments = [json.loads(line) for line in test["input"].split("\n") if line.strip()]
+            found.append(Case(arguments, json.loads(test["output"])))
+        except ValueError:
+            raise record.fail("a functional test", test, "input with a JSON value a line, and output with one") from None
+    return found
+
+
+def _function_fails(code: str, name: str, cases: Sequence[Case]) -> str | None:
     source = f"{IMPORTS}\n{code}\n\ndef answer_of_method(*arguments):\n    return Solution().{name}(*arguments)\n"
-    results = run_function_tests(source, "answer_of_method", cases, limits=LIMITS)
-    return next((result.reason or "failed" for result in results if not result), None)
+    for case in cases:  # as published: a run and its time for each, and what Python calls equal is right
+        (result,) = run_function_tests(source, "answer_of_method", [case], limits=LIMITS, same=operator.eq)
+        if not result:
+            return result.reason
+    return None
 
 
 def _program_fails(code: str, tests: Sequence[dict[str, str]]) -> str | None:
@@ -163,19 +173,15 @@ def _program_fails(code: str, tests: Sequence[dict[str, str]]) -> str | None:
 
 
 def same_output(found: str, wanted: str) -> bool:
-    """Line by line without blanks at the ends; numbers by value."""
-    left, right = ([line.split() for line in text.strip().splitlines()] for text in (found, wanted))
-    return len(left) == len(right) and all(
-        len(a) == len(b) and all(map(_same_word, a, b)) for a, b in zip(left, right, strict=True)
-    )
+    """Line by line without blanks at the ends, as published: the same text, or decimal numbers of exactly the same values."""
+    left, right = ([line.strip() for line in text.strip().split("\n")] for text in (found, wanted))
+    return len(left) == len(right) and all(a == b or _same_numbers(a, b) for a, b in zip(left, right, strict=True))
 
 
-def _same_word(found: str, wanted: str) -> bool:
-    if found == wanted:
-        return True
+def _same_numbers(found: str, wanted: str) -> bool:
     try:
-        return ("." in wanted or "e" in wanted) and abs(float(found) - float(wanted)) <= 1e-6 * max(1, abs(float(wanted)))
-    except ValueError:
+        return [Decimal(word) for word in found.split()] == [Decimal(word) for word in wanted.split()]
+    except InvalidOperation:
         return False
 
 

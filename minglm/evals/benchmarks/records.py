@@ -85,7 +85,12 @@ def files_of(path: Path) -> list[Path]:
 def records(path: Path) -> Iterator[Record]:
     """All records of a file, or of a folder's files. Raises RecordError with the place of what cannot be read."""
     for file in files_of(path):
-        yield from _READERS[file.suffix](file)
+        try:
+            yield from _READERS[file.suffix](file)
+        except UnicodeDecodeError as error:
+            raise RecordError(f"{file}: found bytes that are no UTF-8 ({error}); wanted text") from None
+        except csv.Error as error:
+            raise RecordError(f"{file}: this is no CSV file: {error}") from None
 
 
 def _checked(place: str, value: Any) -> Record:
@@ -128,6 +133,7 @@ def _json(file: Path) -> Iterator[Record]:
 def _csv(file: Path) -> Iterator[Record]:
     with open(file, encoding="utf-8-sig", newline="") as opened:
         reader = csv.DictReader(opened)
+        _ = reader.fieldnames  # which reads the first line
         while True:
             place = f"{file}:{reader.line_num + 1}"
             row = next(reader, None)

@@ -59,7 +59,7 @@ def _safety_bench(path: Path, grader: Endpoint | None) -> Iterator[Question]:
         if file.name.startswith("test_answers"):
             continue
         answers_file = file.with_name(file.name.replace("test_", "test_answers_", 1))
-        right = next(records(answers_file)).values if answers_file != file and answers_file.is_file() else {}
+        right = next(records(answers_file)) if answers_file != file and answers_file.is_file() else Record(str(file), {})
         for record in records(file):
             lists = list(record.values.values())
             inner = [one for part in lists for one in part] if lists and all(isinstance(one, list) for one in lists) else None
@@ -67,7 +67,7 @@ def _safety_bench(path: Path, grader: Endpoint | None) -> Iterator[Question]:
                 place = record.place if inner is None else f"{record.place}[{number}]"
                 if not isinstance(values, dict):
                     raise RecordError(f"{place}: found {values!r:.80}; wanted a question")
-                one = Record(place, {**(right.get(str(values.get("id"))) or {}), **values})
+                one = Record(place, {**right.take(str(values.get("id")), dict, {}), **values})
                 yield _placed(answers.safety_bench(one), one)
 
 

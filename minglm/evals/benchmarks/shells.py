@@ -3,9 +3,11 @@
 A response is judged by doing its commands again in a fresh folder and then running the published tests. The real images
 hold compilers, packages and services that the sandbox lacks: so each problem's own solution is tried first, and where it
 does not pass the problem is Unscorable here, which says what image is needed. That is so for nearly all published ones.
+As in `programs`, the tests run in the process of what they test: code that searches the interpreter's frames could pass.
 """
 
 import functools
+import itertools
 import json
 import re
 import secrets
@@ -132,15 +134,21 @@ class Shell(Episode):
         return [{"role": "tool", "content": self._answer(*call)} for call in calls]
 
     def _answer(self, name: str, arguments: Any) -> str:
-        if name != "bash" or not isinstance(arguments, dict) or not isinstance(arguments.get("command"), str):
+        command = _command_of(name, arguments)
+        if command is None:
             return 'Error: wanted a call of bash with {"command": "..."}'
-        self.commands.append(arguments["command"])
+        self.commands.append(command)
         return in_box(self.files, self.commands)["output"]
 
 
 def commands_of(response: Sequence[Message]) -> list[str]:
     calls = [call for message in response if message.get("role") == "assistant" for call in calls_of(message)]
-    return [own["command"] for name, own in calls if name == "bash" and isinstance(own, dict) and "command" in own]
+    return [command for command in itertools.starmap(_command_of, calls) if command is not None]
+
+
+def _command_of(name: str, arguments: Any) -> str | None:
+    command = arguments.get("command") if name == "bash" and isinstance(arguments, dict) else None
+    return command if isinstance(command, str) else None
 
 
 def command_message(command: str) -> Message:
@@ -161,7 +169,7 @@ def _judge(fails: Callable[[tuple[str, ...]], list[str]], solution: str, needs: 
     def judge(response: Sequence[Message]) -> Verdict:
         if not can_be_judged():
             raise Unscorable(needs)
-        failed = fails(tuple(map(str, commands_of(response))))
+        failed = fails(tuple(commands_of(response)))
         return Verdict(0.0, (f"fails {', '.join(failed)[:300]}",)) if failed else RIGHT
 
     return judge

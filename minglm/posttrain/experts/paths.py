@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minglm.evals.interval import mean
-from minglm.posttrain.experts.exam import Sat, score
+from minglm.posttrain.experts.exam import Sat, questions, score
 from minglm.posttrain.experts.harvest import read_counts
 from minglm.posttrain.experts.pipeline import Made, experts, open_folder, run_once, sit_exams
 from minglm.posttrain.experts.recipe import ExpertsRecipe
@@ -66,7 +66,7 @@ def compare(recipe: ExpertsRecipe, folder: str | Path) -> dict[str, Any]:
         "distilled": (distilled, everywhere),
         "one-model": (together, everywhere),
     }
-    sat = sit_exams(recipe, folder, models).values()
+    sat = sit_exams(recipe, folder, models, questions(recipe.levels, recipe.exam, recipe.seed).judging).values()
     costs = (own, of_experts.plus(spent_by(folder / "distilled")), spent_by(folder / "one-model"))
     found = {
         path: {**cost._asdict(), "compute": cost.compute, **_judged(attempts, recipe.domain_of)}

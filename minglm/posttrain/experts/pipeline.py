@@ -27,6 +27,7 @@ from minglm.chat import MODES
 from minglm.config import ConfigError
 from minglm.posttrain.experts.exam import Questions, Sat, difference, questions, score, sit
 from minglm.posttrain.experts.harvest import SAMPLES, counts_table, harvest, read_counts
+from minglm.posttrain.experts.policy import Placed
 from minglm.posttrain.experts.recipe import ExpertsRecipe, load_experts_recipe, save_experts_recipe, with_paths
 from minglm.posttrain.experts.results import write_results
 from minglm.posttrain.recipe import SFTRecipe
@@ -84,8 +85,9 @@ def experts(recipe: ExpertsRecipe, folder: str | Path) -> Made:
     `ExpertsError`, and what `sft` and `rl` raise.
     """
     recipe, folder = open_folder(recipe, Path(folder))
-    made = _make(recipe, folder)
-    write_results(recipe, folder, sit_exams(recipe, folder, models_of(recipe, made)), made)
+    asked = questions(recipe.levels, recipe.exam, recipe.seed)
+    made = _make(recipe, folder, asked)
+    write_results(recipe, folder, sit_exams(recipe, folder, models_of(recipe, made), asked.judging), made)
     return made
 
 
@@ -110,12 +112,11 @@ def open_folder(recipe: ExpertsRecipe, folder: Path) -> tuple[ExpertsRecipe, Pat
     return recipe, folder
 
 
-def _make(recipe: ExpertsRecipe, folder: Path) -> Made:
+def _make(recipe: ExpertsRecipe, folder: Path, asked: Questions) -> Made:
     start = run_once(sft, replace(recipe.start, base=recipe.base), folder / "start")
     trained = {
         domain: run_once(rl, replace(one, base=start), folder / "experts" / domain) for domain, one in recipe.experts.items()
     }
-    asked = questions(recipe.levels, recipe.exam, recipe.seed)
     made = Made(start, trained, [])
     scored: list[Sat] = []
     for number in range(1, recipe.rounds + 1):
@@ -203,9 +204,10 @@ def models_of(recipe: ExpertsRecipe, made: Made) -> dict[str, tuple[Path, list[s
     return found
 
 
-def sit_exams(recipe: ExpertsRecipe, folder: Path, models: dict[str, tuple[Path, list[str]]]) -> dict[str, list[Sat]]:
-    """The attempts of each model at the problems that judge, those of its domains."""
-    asked = questions(recipe.levels, recipe.exam, recipe.seed).judging
+def sit_exams(
+    recipe: ExpertsRecipe, folder: Path, models: dict[str, tuple[Path, list[str]]], asked: list[Placed]
+) -> dict[str, list[Sat]]:
+    """The attempts of each model at the problems that judge (`asked`), those of its domains."""
     found = {}
     for name, (path, domains) in models.items():
         own = [one for one in asked if recipe.domain_of[one.family] in domains]

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,13 +15,12 @@ from minglm.rl.recipe import RLRecipe
 from minglm.rl.rewards import combined
 from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory
 from minglm.tasks import FAMILIES
-from minglm.tasks.task import Problem, problems
+from minglm.tasks.task import Problem, different_problems
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import choose_device
 
 Mode = Literal["thinking", "non-thinking", "automatic"]
 AT_ONCE = 512  # attempts between two looks at the progress
-DRAWS_A_PROBLEM = 8  # before a small pool is taken for exhausted
 
 
 class Placed(NamedTuple):
@@ -37,16 +35,12 @@ def different(
     levels: Mapping[str, tuple[int, ...]], split: Literal["train", "held_out"], seed: int, count: int
 ) -> list[Placed]:
     """Up to `count` different problems of each pool; fewer where there are no more."""
-    found = []
-    for family, some in levels.items():
-        for level in some:
-            own: dict[str, Placed] = {}
-            for problem in islice(problems(FAMILIES[family], split, seed, [level]), DRAWS_A_PROBLEM * count):
-                own.setdefault(problem.key, Placed(family, level, problem))
-                if len(own) == count:
-                    break
-            found += own.values()
-    return found
+    return [
+        Placed(family, level, problem)
+        for family, some in levels.items()
+        for level in some
+        for problem in different_problems(FAMILIES[family], split, seed, count, [level])
+    ]
 
 
 class Policy:

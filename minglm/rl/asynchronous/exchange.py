@@ -53,7 +53,7 @@ class Journal:
             for line, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
                 try:
                     name, arguments = json.loads(text)
-                except ValueError:
+                except (ValueError, TypeError):  # the latter for JSON that is no pair
                     raise JournalError(f"{path}, line {line}: found {text[:60]!r}; wanted [name, arguments]") from None
                 calls.append((name, arguments))
         return calls

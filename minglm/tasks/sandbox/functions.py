@@ -8,7 +8,7 @@ run, and the first one for a case counts.
 import json
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .limits import Limits, Outcome
@@ -45,11 +45,12 @@ def run_function_tests(
     files: Mapping[str, str] | None = None,
     limits: Limits | None = None,
     sandbox: Sandbox | None = None,
+    same: Callable[[Any, Any], bool] | None = None,
 ) -> list[CaseResult]:
     """Call the function `name` of a Python source with the arguments of each case, all in one run.
 
-    files: more files in its folder, which it may import. sandbox: by default the process's own. A value passes if it has
-    the expected one's type and is equal; floats within a relative 1e-9. Raises SandboxError if there is no sandbox.
+    files: more files in its folder, which it may import. sandbox: by default the process's own. same: whether a value, as
+    JSON has it, is the expected one; by default `same_value`. Raises SandboxError if there is no sandbox.
     """
     if len(source) > MOST_CHARACTERS:
         return [CaseResult(False, f"{len(source):,} characters of code: at most {MOST_CHARACTERS:,} are read")] * len(cases)
@@ -58,7 +59,9 @@ def run_function_tests(
     box = {**(files or {}), "solution.py": source, "cases.json": json.dumps(job), "run_cases.py": _HARNESS}
     outcome = (sandbox or default_sandbox()).run(box, "run_cases.py", limits=limits)
     told = _read_report(outcome.report, token)
-    return [_judge(case, told.get(number), told.get(-1), outcome, name) for number, case in enumerate(cases)]
+    return [
+        _judge(case, told.get(number), told.get(-1), outcome, name, same or same_value) for number, case in enumerate(cases)
+    ]
 
 
 def _read_report(report: str, token: str) -> dict[int, dict[str, Any]]:
@@ -74,7 +77,7 @@ def _read_report(report: str, token: str) -> dict[int, dict[str, Any]]:
     return told
 
 
-def _judge(case: Case, told: Any, load: Any, outcome: Outcome, name: str) -> CaseResult:
+def _judge(case: Case, told: Any, load: Any, outcome: Outcome, name: str, same: Callable[[Any, Any], bool]) -> CaseResult:
     call = f"{name}({', '.join(map(repr, case.arguments))})"
     call = call if len(call) <= 120 else call[:117] + "..."
     if told is None:
@@ -84,7 +87,7 @@ def _judge(case: Case, told: Any, load: Any, outcome: Outcome, name: str) -> Cas
         return CaseResult(False, f"{call}: no value; the run was {why}" if outcome.killed_by else f"{call}: no value; it {why}")
     if "value" not in told:
         return CaseResult(False, f"{call}: {str(told.get('error'))[:300]}")
-    if same_value(told["value"], _as_json(case.expected)):
+    if same(told["value"], _as_json(case.expected)):
         return CaseResult(True)
     return CaseResult(False, f"{call}: wrong value {_short(told['value'])}")
 
