@@ -24,6 +24,7 @@ from signal import Signals
 from typing import Any
 
 from minglm.chat import MODES
+from minglm.checkpoint import write_text_atomically
 from minglm.config import ConfigError
 from minglm.posttrain.experts.exam import Questions, Sat, difference, questions, score, sit
 from minglm.posttrain.experts.harvest import SAMPLES, counts_table, harvest, read_counts
@@ -144,7 +145,7 @@ def _round(
     sat = sit(trained, recipe.unified_rl, asked.choosing, recipe.exam, folder / "gate", f"gate of round {number}")
     gate = gate_of(scored, sat, recipe.domain_of)
     text = json.dumps({"round": number, **gate}, indent=1) + "\n"
-    (folder / GATE).write_text(text, encoding="utf-8")  # a function of the attempts, which are kept
+    write_text_atomically(folder / GATE, text)  # a function of the attempts, which are kept
     print(f"round {number}: held-out score {gate['score']:.3f}, {gate['reason']}")
     return Round(number, answers, unified, trained, gate), sat
 
@@ -189,7 +190,7 @@ def run_once(run: Callable[[Any, Path], Outcome], recipe: SFTRecipe | RLRecipe, 
         outcome = run(recipe, folder)
         if outcome.stopped_by is not None:
             raise Stopped(outcome.stopped_by, folder)
-        mark.write_text(json.dumps({"step": outcome.step}) + "\n", encoding="utf-8")
+        write_text_atomically(mark, json.dumps({"step": outcome.step}) + "\n")
     return RunFolder(folder).newest_checkpoint()
 
 

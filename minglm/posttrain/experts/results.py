@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minglm.chat import MODES
+from minglm.checkpoint import write_text_atomically
 from minglm.evals.interval import Estimate, mean
 from minglm.posttrain.experts.exam import Sat, score, summary
 from minglm.posttrain.experts.harvest import counts_table, read_counts
@@ -126,5 +127,5 @@ def _calls(found: Mapping[str, Any] | None) -> str:
 
 
 def _write(folder: Path, results: Any, text: str) -> None:
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    write_text_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text_atomically(folder / TABLE, text + "\n")
