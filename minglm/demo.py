@@ -5,12 +5,11 @@
     what the stages can do, how reliable it is      two of `eval`
     model/, report.html
 
-Every part goes on where it was killed and is a function of its recipe, so the whole is. What the parts print goes into demo.log;
-the display, and report.html, are made by a thread that only reads what is in the folder.
+Every part goes on where it was killed and is a function of its recipe, so the whole is. What the parts print goes into
+demo.log; the display, and report.html, are made by a thread that only reads what is in the folder.
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -21,10 +20,9 @@ from typing import Literal
 from minglm.posttrain.experts.recipe import ExpertsRecipe, load_experts_recipe, scaled
 from minglm.report.costs import PROGRAM
 from minglm.report.html import duration
-from minglm.report.parts import EXPERTS, Part, Story, evaluations
+from minglm.report.parts import EXPERTS, Story, evaluations
 from minglm.report.progress import Progress
 from minglm.train.recipe import Recipe, load_recipe
-from minglm.train.span import WHOLE_RUN
 from minglm.train.stages import require
 
 Form = Literal["quick", "default", "full"]
@@ -67,14 +65,12 @@ class Plan:
         Raises `ConfigError` if the folder holds another one.
         """
         from minglm.posttrain.experts.pipeline import open_folder
-        from minglm.train.recipe import resolve_paths, save_recipe
+        from minglm.train.recipe import resolve_paths
         from minglm.train.run_folder import RunFolder
 
         require(bool(self.training.stages), "stages", (), "a recipe with stages")
-        run = RunFolder(self.folder)
+        RunFolder(self.folder).open(resolve_paths(self.training))
         open_folder(self._experts, self.folder / EXPERTS)
-        if run.newest_checkpoint() is None:  # where there is one, `train` refuses another recipe
-            save_recipe(resolve_paths(self.training), run.config)
         return Story.of(self.folder)
 
     @property
@@ -95,7 +91,7 @@ class Plan:
         from minglm.train.trainer import train
 
         if not self.base.is_dir():
-            outcome = train(self.training, self.folder, generate, False, WHOLE_RUN)
+            outcome = train(self.training, self.folder, generate)
             if outcome.stopped_by is not None:
                 raise Stopped(outcome.stopped_by)
 
@@ -136,7 +132,6 @@ class Plan:
 
 def demo(plan: Plan) -> int:
     """Do all parts, or those that are still to be done. -> the exit code. Raises what the parts raise."""
-    plan.folder.mkdir(parents=True, exist_ok=True)
     story = plan.open()
     parts = story.parts()
     left = [part for part in parts if not part.done]

@@ -7,6 +7,9 @@ from html import escape
 from minglm.evals.interval import Estimate
 
 
+LONG = 40  # characters of a cell whose lines may break
+
+
 class Html(str):
     """Markup of ours, in which all text is escaped already."""
 
@@ -39,9 +42,14 @@ def heading(text: str) -> Html:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> Html:
     """The first cell of a row is its name. A wide one scrolls by itself."""
     top = "".join(f"<th>{html(cell)}</th>" for cell in head)
-    lines = "".join(f"<tr><th>{html(row[0])}</th>{''.join(f'<td>{html(cell)}</td>' for cell in row[1:])}</tr>" for row in rows)
+    lines = "".join(f"<tr>{_cell('th', row[0])}{''.join(_cell('td', cell) for cell in row[1:])}</tr>" for row in rows)
     below = f"<caption>{escape(caption)}</caption>" if caption else ""
     return Html(f'<div class="wide"><table>{below}<thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>')
+
+
+def _cell(tag: str, text: str) -> str:
+    kind = ' class="long"' if len(text) > LONG else ""
+    return f"<{tag}{kind}>{html(text)}</{tag}>"
 
 
 def charts(*pairs: tuple[str, str]) -> Html:

@@ -6,7 +6,6 @@ A thread looks into the folder now and then; it computes nothing that the parts 
 import sys
 import threading
 import time
-from pathlib import Path
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -48,8 +47,14 @@ class Progress:
         self.record.save(self.story.folder)
         self._looked = self._saved = self._told = time.monotonic()
         self._paged = 0.0
-        self._bar = tqdm(total=1000, file=self.out, bar_format="{desc}|{bar:20}|{postfix}", dynamic_ncols=True, leave=False)
-        self._bar.disable = not self.out.isatty()
+        self._bar = tqdm(
+            total=1000,
+            file=self.out,
+            bar_format="{bar:20} {desc}",
+            dynamic_ncols=True,
+            leave=False,
+            disable=not self.out.isatty(),  # a log file has lines instead
+        )
         self._thread.start()
         return self
 
@@ -96,8 +101,7 @@ class Progress:
         what = f"{done + 1}/{len(self.parts)} {part.title}" + (f" {share:.0%}" if share else "")
         told = ", ".join(filter(None, [f"about {duration(left)} left", score(part)]))
         self._bar.n = round(1000 * spent / (spent + left))
-        self._bar.set_description_str(f"{what} ", refresh=False)
-        self._bar.set_postfix_str(told)
+        self._bar.set_description_str(f"{what}, {told}")
         if self._bar.disable and now - self._told > LINE_SECONDS:
             self._say(f"  {what}, {told}")
             self._told = now

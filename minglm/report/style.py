@@ -18,7 +18,7 @@ nav ol { columns: 17rem; padding-left: 1.5rem; margin: .8rem 0 } nav small, .pap
 .paper { font-size: .8rem; white-space: normal }
 section { border-top: 1px solid var(--line); padding: 1.2rem 0 .6rem }
 .later { color: var(--faint); font-style: italic; border-left: 3px solid var(--line); padding-left: .8rem }
-.faint { color: var(--faint); font-size: .85rem }
+p.faint { color: var(--faint); font-size: .85rem }
 progress { width: 100%; max-width: 46rem; height: .8rem; accent-color: var(--c0) }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 1rem; margin: .8rem 0 }
 figure { margin: 0; min-width: 0; max-width: 34rem } figcaption { color: var(--faint); font-size: .85rem }
@@ -26,8 +26,8 @@ figure { margin: 0; min-width: 0; max-width: 34rem } figcaption { color: var(--f
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 caption { caption-side: bottom; text-align: left; color: var(--faint); padding-top: .3rem }
 th, td { padding: .2rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-td { white-space: nowrap } thead th { color: var(--faint); font-weight: 600 } tbody th { font-weight: 500 }
-td:nth-child(n+3):last-child { white-space: normal }
+td, tbody th { white-space: nowrap } .long { white-space: normal; min-width: 14rem }
+thead th { color: var(--faint); font-weight: 600 } tbody th { font-weight: 500 }
 pre { margin: .2rem 0; font: .82rem/1.4 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; white-space: pre-wrap;
   overflow-wrap: anywhere }
 .commands { background: var(--panel); padding: .7rem; border-radius: 6px }
@@ -54,7 +54,7 @@ svg .tip { fill: var(--faint) }
   :root { --ink: #000; --faint: #444; --paper: #fff; --panel: #f3f3f3; --line: #bbb; --link: #000;
     --c0: #2b6cb0; --c1: #c2570c; --c2: #2f855a; --c3: #97266d; --c4: #6b46c1; --c5: #4a5568; }
   body { max-width: none; padding: 0; font-size: 10pt } nav { display: none } section { break-inside: auto }
-  figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } .wide { overflow: visible } td { white-space: normal }
+  figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } .wide { overflow: visible } td, tbody th { white-space: normal }
   .charts { grid-template-columns: 1fr 1fr } * { print-color-adjust: exact }
 }
 """

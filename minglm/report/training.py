@@ -10,7 +10,7 @@ from minglm.evals.command import file_name
 from minglm.evals.measure import Results
 from minglm.params import count, forward_flops_per_token, kv_cache_bytes_per_token, training_flops_per_token
 from minglm.report import architecture
-from minglm.report.html import Html, charts, heading, interval, later, paragraph, section, short, table
+from minglm.report.html import Html, charts, heading, interval, later, section, short, table
 from minglm.report.parts import STAGES_EVALUATED, Story
 from minglm.report.svg import Series, heat, lines
 from minglm.train.metrics import read_metrics
@@ -76,7 +76,10 @@ def loss_section(story: Story) -> Html:
         losses.append(Series("token after the next (MTP)", _smooth(steps, "mtp_loss"), 2))
     bits = [Series("", [(one["step"], one["bits_per_byte"]) for one in held_out], 1, "dots")]
     drawn = charts(
-        (lines(losses, "step", "nats a token", marks), "Cross-entropy in training, smoothed over the pale raw one."),
+        (
+            lines(losses, "step", "nats a token", marks, (0.0, None)),
+            "Cross-entropy in training, smoothed over the pale raw one.",
+        ),
         (lines(bits, "step", "bits per byte", marks, (0.0, None)), "Held-out text, in a unit that no tokenizer changes."),
     )
     stages = [[stage.name, *_described(stage)] for stage in story.training.plan().stages]
@@ -181,7 +184,3 @@ def _smooth(records: Records, key: str) -> list[tuple[float, float]]:
     end = np.minimum(np.arange(len(values)) + half + 1, len(values))
     means = (sums[end] - sums[first]) / (end - first)
     return [(one["step"], float(mean)) for one, mean in zip(records, means, strict=True)]
-
-
-def explained(text: str) -> Html:
-    return paragraph(text, kind="explained")
