@@ -6,7 +6,6 @@ from html import escape
 
 from minglm.evals.interval import Estimate
 
-
 LONG = 40  # characters of a cell whose lines may break
 
 

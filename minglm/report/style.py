@@ -54,7 +54,8 @@ svg .tip { fill: var(--faint) }
   :root { --ink: #000; --faint: #444; --paper: #fff; --panel: #f3f3f3; --line: #bbb; --link: #000;
     --c0: #2b6cb0; --c1: #c2570c; --c2: #2f855a; --c3: #97266d; --c4: #6b46c1; --c5: #4a5568; }
   body { max-width: none; padding: 0; font-size: 10pt } nav { display: none } section { break-inside: auto }
-  figure, tr { break-inside: avoid } h2, h3 { break-after: avoid } .wide { overflow: visible } td, tbody th { white-space: normal }
+  figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
+  .wide { overflow: visible } td, tbody th { white-space: normal }
   .charts { grid-template-columns: 1fr 1fr } * { print-color-adjust: exact }
 }
 """
