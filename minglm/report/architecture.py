@@ -39,7 +39,7 @@ def _mtp(config: GLMConfig, edge: float, head: float, norm: float) -> list[str]:
     """Beside the stack's right edge: the layer that joins a state with the next token; head, norm: how high these are."""
     left, width, top = 248, 180, norm + 24
     lines = (
-        "norms of state t and token t+1,",
+        "norms of state t, token t+1,",
         f"joined: {2 * config.hidden_size:,} to {config.hidden_size:,};",
         "one MoE layer, a norm,",
         "and the same head: token t+2",
@@ -86,7 +86,7 @@ def experts(config: GLMConfig) -> str:
     size, top = (WIDTH - 24) / columns, 46.0
     filled = {place * routed // chosen for place in range(chosen)}
     parts = [_box(12, 8, 130, BOX, "router", "", "plain")]
-    parts.append(text(152, 25, f"sigmoid in fp32; the best {chosen} of {routed} by score + bias", kind="faint"))
+    parts.append(text(152, 25, f"sigmoid in fp32; best {chosen} of {routed} by score + bias", kind="faint"))
     for expert in range(routed):
         row, column = divmod(expert, columns)
         kind = "moe on" if expert in filled else "moe"

@@ -9,7 +9,7 @@ from minglm.config import GLMConfig
 from minglm.params import forward_flops_per_token, training_flops_per_token
 from minglm.posttrain.experts.exam import RECORDS, read_attempts
 from minglm.posttrain.experts.harvest import COUNTS, read_counts
-from minglm.report.html import Html, charts, commands, duration, folded, later, paragraph, section, short, table
+from minglm.report.html import Html, charts, commands, duration, folded, later, paragraph, section, si, table
 from minglm.report.parts import EXPERTS, Part, Story
 from minglm.report.record import Record
 from minglm.report.svg import bars
@@ -48,7 +48,7 @@ def costs_section(story: Story, record: Record, parts: Sequence[Part]) -> Html:
         seconds, own = record.seconds.get(part.name), flops.get(part.name)
         if seconds is None and own is None:
             continue
-        rate = f"{short(own / seconds)}FLOP/s" if seconds and own else "–"
+        rate = f"{si(own / seconds)}FLOP/s" if seconds and own else "–"
         rows.append([part.title, duration(seconds) if seconds is not None else "–", f"{own:.2e}" if own else "–", rate])
         if seconds is not None:
             drawn.append((part.title, seconds, duration(seconds)))

@@ -15,6 +15,7 @@ from minglm.report.parts import AGENTS_EVALUATED, Story, agent_families, read_js
 from minglm.report.svg import Row, Series, intervals, lines
 
 GLM_TOOL_SUCCESS = 0.906
+NO_AGENT = "No family of this recipe is solved with tools."
 
 
 class Attempts:
@@ -133,6 +134,8 @@ def _compared(cells: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
 
 def tools_section(attempts: Attempts) -> Html:
     title, paper = "Calls of tools that succeed", "report, sections 3.3 and 4"
+    if attempts.recipe and not agent_families(attempts.recipe):
+        return section("tools", title, paper, NO_AGENT)
     called = [column for column in attempts.sat if any(one.calls for one in attempts.sat[column])]
     if not called:
         waiting = "the share of calls that could be read, fitted their tool and were done, over held-out attempts of agents."
@@ -175,9 +178,9 @@ def reliability_section(story: Story) -> Html:
     title, paper = "pass^k: is it right every time?", "report, section 4: TAU-bench"
     waiting = "how often several attempts of the agent at one problem are all right."
     files = sorted((story.folder / AGENTS_EVALUATED).glob("*.json"))
+    if story.experts and not agent_families(story.experts):
+        return section("reliability", title, paper, NO_AGENT)
     if not files:
-        if story.experts and not agent_families(story.experts):
-            waiting = "nothing here, for no family of this recipe is solved with tools."
         return section("reliability", title, paper, later(waiting))
     found = Results.load(files[0]).measures
     curves: dict[str, dict[int, list[float]]] = {mode: {} for mode in MODES}

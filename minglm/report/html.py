@@ -42,8 +42,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "")
     """The first cell of a row is its name. A wide one scrolls by itself."""
     top = "".join(f"<th>{html(cell)}</th>" for cell in head)
     lines = "".join(f"<tr>{_cell('th', row[0])}{''.join(_cell('td', cell) for cell in row[1:])}</tr>" for row in rows)
-    below = f"<caption>{escape(caption)}</caption>" if caption else ""
-    return Html(f'<div class="wide"><table>{below}<thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>')
+    below = f'<p class="caption">{escape(caption)}</p>' if caption else ""
+    return Html(f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>{below}')
 
 
 def _cell(tag: str, text: str) -> str:
@@ -70,12 +70,12 @@ def interval(numbers: Sequence[float | None] | None, digits: int = 2) -> str:
     return "–" if numbers is None else Estimate(*numbers, count=0).text(digits)
 
 
-def short(value: float) -> str:
-    """12,300,000 is 12.3 M; 3e15 is 3.00e+15."""
-    for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if unit <= abs(value) < 1e13:
-            return f"{value / unit:,.3g} {letter}" if abs(value) < 999 * unit else f"{value / unit:,.0f} {letter}"
-    return f"{value:.3g}" if abs(value) >= 1e13 else f"{value:,.0f}"
+def si(value: float) -> str:
+    """With the letter of its unit: 12,300,000 is `12.3 M`."""
+    for unit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:,.3g} {letter}" if abs(value) < 999.5 * unit else f"{value / unit:,.0f} {letter}"
+    return f"{value:,.0f} "
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 A thread looks into the folder now and then; it computes nothing that the parts need, so they are the same with it and without.
 """
 
+import contextlib
 import sys
 import threading
 import time
@@ -11,9 +12,12 @@ from typing import Self, TextIO
 
 from tqdm import tqdm
 
+from minglm.posttrain.experts import exam
+from minglm.posttrain.experts.harvest import read_counts
+from minglm.posttrain.experts.pipeline import GATE
 from minglm.report.html import duration
 from minglm.report.page import write_report
-from minglm.report.parts import Part, Story
+from minglm.report.parts import Part, Story, read_json
 from minglm.report.record import Record, this_machine
 from minglm.train.metrics import read_last
 
@@ -34,7 +38,9 @@ class Progress:
         self.parts = story.parts()
         self.record = Record.of(story.folder)
         self.record.form, self.record.machine = form, this_machine()
+        self.record.save(story.folder)
         self.report = write_report(story.folder)
+        self._score = ""  # the newest one of the parts that are done
         self.error: BaseException | None = None
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -70,7 +76,8 @@ class Progress:
     def _watch(self) -> None:
         try:
             while not self._finished.wait(LOOK_SECONDS):
-                self._look()
+                with contextlib.suppress(FileNotFoundError):  # a part that begins takes away what it had not finished
+                    self._look()
         except BaseException as error:
             self.error = error
 
@@ -85,7 +92,9 @@ class Progress:
         for part in ended:
             record.seconds.setdefault(part.name, 0.0)
             record.done.append(part.name)
-            self._say(f"{part.title:<32}{duration(record.seconds[part.name]):>8}   {score(part)}".rstrip())
+            found = score(self.story, part)
+            self._score = found or self._score
+            self._say(f"{part.title:<32}{duration(record.seconds[part.name]):>8}   {found}".rstrip())
         if ended or last or now - self._saved > SAVE_SECONDS:
             record.save(self.story.folder)
             self._saved = now
@@ -99,7 +108,7 @@ class Progress:
         done, share, left = len(self.record.done), part.share(), self.left()
         spent = sum(self.record.seconds.values())
         what = f"{done + 1}/{len(self.parts)} {part.title}" + (f" {share:.0%}" if share else "")
-        told = ", ".join(filter(None, [f"about {duration(left)} left", score(part)]))
+        told = ", ".join(filter(None, [f"about {duration(left)} left", score(self.story, part) or self._score]))
         self._bar.n = round(1000 * spent / (spent + left))
         self._bar.set_description_str(f"{what}, {told}")
         if self._bar.disable and now - self._told > LINE_SECONDS:
@@ -111,18 +120,23 @@ class Progress:
         print(line, file=self.out, flush=True)
 
 
-def score(part: Part) -> str:
+def score(story: Story, part: Part) -> str:
     """The newest number that says how good the model of a part is, in a few words."""
-    if part.metrics is None:
-        return ""
-    for record in reversed(read_last(part.metrics)):
-        if record["step"] > part.steps[1]:
-            continue
-        if record["kind"] == "held_out" and "rewards" in record:
+    if part.kind == "answers" and part.done:
+        counts = read_counts(part.result)
+        return f"{sum(counts['kept'].values()):,} samples of {counts['attempts']:,} answers"
+    if part.kind == "exam" and part.done:
+        if part.result.name == GATE:
+            return f"score {read_json(part.result)['score']:.3f}"
+        return f"score {exam.score(exam.read_attempts(part.result.parent), story.experts.domain_of):.3f}"
+    records = [] if part.metrics is None else read_last(part.metrics)
+    for record in reversed([one for one in records if one["step"] <= part.steps[1]]):
+        if record["kind"] == "held_out" and part.kind == "rl":
             return f"held-out reward {record['rewards']['all'][0]:.3f}"
+        if record["kind"] == "held_out" and part.kind == "training":
+            return f"held-out {record['bits_per_byte']:.3f} bits/byte"
         if record["kind"] == "held_out":
-            measure = "bits_per_byte" if part.kind == "training" else "loss"
-            return f"held-out {record[measure]:.3f} {'bits/byte' if part.kind == 'training' else 'nats/token'}"
-        if record["kind"] == "step" and "reward" in record:
+            return f"held-out {record['loss']:.3f} nats/token"
+        if record["kind"] == "step" and part.kind == "rl":
             return f"reward {record['reward']:.3f}"
     return ""

@@ -14,7 +14,7 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0 } h2 { font-size: 1.25
 h3 { font-size: 1rem; margin: 1.2rem 0 .3rem }
 a { color: var(--link) } h2 a { color: inherit; text-decoration: none } h2 a:hover { text-decoration: underline }
 p { margin: .5rem 0; max-width: 46rem }
-nav ol { columns: 17rem; padding-left: 1.5rem; margin: .8rem 0 } nav small, .paper { color: var(--faint); font-weight: 400 }
+nav ol { columns: 17rem; padding-left: 2.1rem; margin: .8rem 0 } nav small, .paper { color: var(--faint); font-weight: 400 }
 .paper { font-size: .8rem; white-space: normal }
 section { border-top: 1px solid var(--line); padding: 1.2rem 0 .6rem }
 .later { color: var(--faint); font-style: italic; border-left: 3px solid var(--line); padding-left: .8rem }
@@ -24,7 +24,7 @@ progress { width: 100%; max-width: 46rem; height: .8rem; accent-color: var(--c0)
 figure { margin: 0; min-width: 0; max-width: 34rem } figcaption { color: var(--faint); font-size: .85rem }
 .wide { overflow-x: auto; margin: .8rem 0 }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
-caption { caption-side: bottom; text-align: left; color: var(--faint); padding-top: .3rem }
+p.caption { color: var(--faint); font-size: .85rem; margin-top: -.4rem }
 th, td { padding: .2rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
 td, tbody th { white-space: nowrap } .long { white-space: normal; min-width: 14rem }
 thead th { color: var(--faint); font-weight: 600 } tbody th { font-weight: 500 }
@@ -39,8 +39,8 @@ details details { border: 0; padding: 0; margin: .1rem 0 } details details summa
 .user { border-color: var(--c0) } .assistant { border-color: var(--c2) } .tool { border-color: var(--c1) }
 .call { background: var(--panel); padding: .2rem .4rem; border-radius: 4px }
 svg.chart { display: block; width: 100%; height: auto; overflow: visible }
-svg text { font: 11px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--ink) }
-svg text.faint { fill: var(--faint) } svg text.strong { font-weight: 600; font-size: 12px }
+svg text { font: 12px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: var(--ink) }
+svg text.faint { fill: var(--faint) } svg text.strong { font-weight: 600 }
 svg path { fill: none } .grid { stroke: var(--line); stroke-width: 1 } .mark { stroke: var(--faint); stroke-dasharray: 2 3 }
 .line { stroke-width: 2 } .dots { stroke-width: 1.4 } .pale { stroke-width: 1; opacity: .3 } .bar { stroke-width: 1.6 }
 path.c0 { stroke: var(--c0) } path.c1 { stroke: var(--c1) } path.c2 { stroke: var(--c2) }

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 WIDTH, HEIGHT = 440, 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 36
-LETTER = 6.2  # width of one at the charts' size, about
+LETTER = 6.5  # width of one at the charts' size, about
 Bounds = tuple[float | None, float | None]
 
 

@@ -10,7 +10,7 @@ from minglm.evals.command import file_name
 from minglm.evals.measure import Results
 from minglm.params import count, forward_flops_per_token, kv_cache_bytes_per_token, training_flops_per_token
 from minglm.report import architecture
-from minglm.report.html import Html, charts, heading, interval, later, section, short, table
+from minglm.report.html import Html, charts, heading, interval, later, section, si, table
 from minglm.report.parts import STAGES_EVALUATED, Story
 from minglm.report.svg import Series, heat, lines
 from minglm.train.metrics import read_metrics
@@ -50,8 +50,8 @@ def parameters_section(story: Story) -> Html:
     rows.append(["MTP layer, beside it", f"{found.mtp:,}", f"{found.mtp / found.main:.1%}"])
     length = story.training.plan().stages[0].sequence_length
     costs = (
-        f"For one token, in sequences of {length:,}: {short(forward_flops_per_token(config, length))}FLOPs forward, "
-        f"{short(training_flops_per_token(config, length))}FLOPs in training; {kv_cache_bytes_per_token(config):,} bytes of "
+        f"For one token, in sequences of {length:,}: {si(forward_flops_per_token(config, length))}FLOPs forward, "
+        f"{si(training_flops_per_token(config, length))}FLOPs in training; {kv_cache_bytes_per_token(config):,} bytes of "
         "keys and values in bf16."
     )
     return section("parameters", title, paper, table(["part", "parameters", "share"], rows), costs)

@@ -15,7 +15,6 @@ where it was killed, repeats nothing that is finished, and ends with the same bi
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
@@ -105,9 +104,7 @@ def open_folder(recipe: ExpertsRecipe, folder: Path) -> tuple[ExpertsRecipe, Pat
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = config.with_suffix(".aside")
-        save_experts_recipe(recipe, aside)
-        os.replace(aside, config)
+        save_experts_recipe(recipe, config)
     return recipe, folder
 
 
@@ -163,19 +160,19 @@ def gate_of(before: list[Sat], after: list[Sat], domain_of: dict[str, str]) -> d
 
 def unified_sft(recipe: ExpertsRecipe, answers: dict[str, Path]) -> SFTRecipe:
     """SFT from the base on samples of all domains, by the weights of the recipe's modes; a mode without samples is left out
-    unless demonstrations fill it. Raises `ExpertsError` where no mode has any."""
+    unless demonstrations fill it. Raises `ExpertsError` where nothing is left to learn from."""
     counts = [read_counts(folder)["kept"] for folder in answers.values()]
     data = recipe.unified_sft.conversations
     held = {mode: sum(one[mode] for one in counts) for mode in MODES}
     weights = {mode: weight if held[mode] or data.file_share < 1 else 0.0 for mode, weight in data.weights.items()}
-    if not any(held[mode] for mode, weight in weights.items() if weight):
+    if not any(weights.values()):
         raise ExpertsError(f"no answer has passed the filters (counts.json in {', '.join(map(str, answers.values()))})")
     # So many that each sample is dealt once, at least; those of a mode with few come round again.
     share = data.file_share or 1.0
     needed = [held[mode] * sum(weights.values()) / (weight * share) for mode, weight in weights.items() if weight]
     conversations = replace(
         data,
-        samples=ceil(max(needed)),
+        samples=ceil(max(needed)) or data.samples,  # none held: demonstrations alone
         files=tuple(folder / SAMPLES for folder in answers.values()),
         **{mode.replace("-", "_"): weight for mode, weight in weights.items()},
     )
