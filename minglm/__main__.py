@@ -800,7 +800,7 @@ def _find_checkpoint(folder: Path | None) -> Path:
     newest = run.newest_checkpoint()
     if newest is None:
         wanted = f"found no checkpoint in {run.path}; wanted a folder with config.json, or a run folder"
-        raise ConfigError(f"{wanted}; `{PROGRAM}` trains one in minutes" if folder is None else wanted)
+        raise ConfigError(f"{wanted}; `{PROGRAM}` makes one" if folder is None else wanted)
     return newest
 
 

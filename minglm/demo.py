@@ -177,5 +177,6 @@ to try next:
   {PROGRAM} chat {folder}
   {PROGRAM} serve {folder}
   {PROGRAM} convert {story.model} my-model --dtype bf16
-  {PROGRAM} experts {folder} --compare --run-folder {folder}-compared
+  {PROGRAM} experts --recipe {story.iteration / "config.toml"} --compare    two other ways to one model; then
+  {PROGRAM} report {folder}    the page with them
   {PROGRAM} eval {folder}    every stage, a column each"""

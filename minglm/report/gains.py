@@ -15,6 +15,7 @@ from minglm.report.parts import AGENTS_EVALUATED, Story, agent_families, read_js
 from minglm.report.svg import Row, Series, intervals, lines
 
 GLM_TOOL_SUCCESS = 0.906
+PATHS_FILE = "paths.json"
 NO_AGENT = "No family of this recipe is solved with tools."
 
 
@@ -61,7 +62,7 @@ def gains_section(story: Story, attempts: Attempts) -> Html:
         "Mean reward of one attempt at each held-out problem, the same problems and draws for every model, with 95% intervals. "
         "Experts are examined in their own domain alone."
     )
-    return section("gains", title, paper, text, charts(*drawn), *tables, *_rounds(story))
+    return section("gains", title, paper, text, charts(*drawn), *tables, *_rounds(story), *_ways(story))
 
 
 def _rounds(story: Story) -> list[Html]:
@@ -73,6 +74,21 @@ def _rounds(story: Story) -> list[Html]:
     )
     caption += "no exam uses, and the gate."
     return [heading("Rounds"), table(["round", "score", "gate"], rows, caption)] if rows else []
+
+
+def _ways(story: Story) -> list[Html]:
+    """What `experts --compare` has found, where it was asked: other ways to one model."""
+    found = read_json(story.iteration / PATHS_FILE)
+    if found is None:
+        return []
+    first = next(iter(found.values()))
+    rows = [
+        [way, f"{one['compute']:,}", f"{one['score']:.3f}", *(f"{one['domains'][domain]:.3f}" for domain in first["domains"])]
+        for way, one in found.items()
+    ]
+    caption = "At equal compute, in tokens of a forward pass; scores are means over modes."
+    head = ["way", "compute", "score", *first["domains"]]
+    return [heading("Three ways to one model"), table(head, rows, caption)]
 
 
 def thinking_section(attempts: Attempts) -> Html:
