@@ -19,7 +19,8 @@ def rl_section(story: Story) -> Html:
             continue
         rewards = [(one["step"], one["rewards"]["all"]) for one in held_out]
         points = [(step, value) for step, (value, _, _) in rewards]
-        bounds = [(low, high) for _, (_, low, high) in rewards]
+        # Of few attempts an interval may reach beyond what a reward can be.
+        bounds = [(low and max(0.0, low), high and min(1.0, high)) for _, (_, low, high) in rewards]
         series = [Series("held out, 95% interval", points, 1, "dots", bounds)]
         if steps:
             series.append(Series("attempts in training", _smooth(steps, "reward"), 0))
