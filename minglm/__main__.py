@@ -33,15 +33,26 @@ DESCRIPTION = "A compact GLM-4.5, from the architecture to its training. Without
 
 @dataclass(frozen=True)
 class Demo:
-    """Train a small GLM-4.5 through all stages, on what this Python installation holds: tokenizer, training, plots, samples.
+    """The whole story on this machine, on what this Python installation holds: tokenizer, all stages of training, SFT, experts
+    by RL, one model from their answers, RL on it, evaluation, and report.html, which grows while the story goes on.
 
-    About ten minutes on two CPU cores. Run again, it goes on where it was stopped.
+    At most half an hour on two CPU cores. Run again, it goes on where it was stopped.
     """
 
     quick: bool = False
-    """A minute instead: only to see that everything works."""
+    """Minutes instead: only to see that everything works."""
+    full: bool = False
+    """Hours instead: every length eight times as long."""
     run_folder: Path | None = None
-    """Where everything is written (runs/demo, or runs/quick)."""
+    """Where everything is written (runs/demo, runs/quick or runs/full)."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write report.html of a folder anew, from what is in it."""
+
+    run_folder: Annotated[Positional[Path], arg(metavar="RUN")]
+    """Of the demo, or of `train`."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +267,7 @@ class Loading:
     """Which model, and how the engine runs it."""
 
     folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None
-    """A Hugging Face folder with its tokenizer: ours or published (by default the newest checkpoint of runs/demo)."""
+    """A Hugging Face folder with its tokenizer, ours or published, or a run folder (by default runs/demo)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps; bf16 where a GPU has it, fp32 elsewhere."""
     draft_tokens: int = 0
@@ -325,6 +336,7 @@ def main(arguments: list[str] | None = None) -> int:
         command = _parse(arguments)
         run = {
             Demo: run_demo,
+            Report: run_report,
             Train: run_train,
             Ablate: run_ablate,
             SFT: run_sft,
@@ -354,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 Posttraining = SFT | Reward | Audit | RL | AblateRL | Experts
-Command = Demo | Train | Ablate | Posttraining | Eval | Params | Bench | Race | Chat | Serve | Convert
+Command = Demo | Report | Train | Ablate | Posttraining | Eval | Params | Bench | Race | Chat | Serve | Convert
 
 
 def _parse(arguments: list[str]) -> Command:
@@ -367,6 +379,7 @@ def _parse(arguments: list[str]) -> Command:
     rl_recipe = load_rl_recipe(_option(arguments, "--recipe") or "nano" if arguments[0] == "rl" else "nano")
     commands = (
         Annotated[Demo, subcommand("demo")]
+        | Annotated[Report, subcommand("report")]
         | Annotated[Train, subcommand("train", default=Train(tyro.MISSING, recipe))]
         | Annotated[Ablate, subcommand("ablate")]
         | Annotated[SFT, subcommand("sft", default=SFT(sft_recipe))]
@@ -400,10 +413,21 @@ def _option(arguments: list[str], name: str) -> str | None:
 
 
 def run_demo(command: Demo) -> int:
-    name = "quick" if command.quick else "nano"
-    folder = command.run_folder or Path("runs", "quick" if command.quick else "demo")
-    print(f"demo: tokenizer, training by configs/recipe/{name}.toml, plots and samples; everything is written to {folder}\n")
-    return _train(load_recipe(name), folder)
+    if command.quick and command.full:
+        raise ConfigError("demo: found --quick and --full; wanted one of them, or neither")
+    from minglm.demo import Plan, demo
+
+    form = "quick" if command.quick else "full" if command.full else "default"
+    return demo(Plan.of(form, command.run_folder))
+
+
+def run_report(command: Report) -> int:
+    from minglm.report.page import write_report
+
+    if not command.run_folder.is_dir():
+        raise ConfigError(f"report: found no folder {command.run_folder}; wanted that of a run")
+    print(f"made: {write_report(command.run_folder)}")
+    return 0
 
 
 def run_train(command: Train) -> int:
@@ -722,7 +746,7 @@ def run_chat(command: Chat) -> int:
     from minglm.serve.app import context_of
     from minglm.terminal import Terminal
 
-    folder = _find_checkpoint(command.loading.folder)
+    folder = _find_model(command.loading.folder)
     print(f"chat: {folder}; /help lists the commands\n")
     engine, tokenizer = _load_engine(command.loading, folder, max_running=1)
     try:
@@ -742,7 +766,7 @@ def run_chat(command: Chat) -> int:
 def run_serve(command: Serve) -> int:
     from minglm.serve.app import Settings, build_app, is_local, run
 
-    folder = _find_checkpoint(command.loading.folder)
+    folder = _find_model(command.loading.folder)
     engine, tokenizer = _load_engine(command.loading, folder, command.max_running)
     settings = Settings(
         model_name=command.name or _name_of(folder.resolve()),
@@ -776,8 +800,14 @@ def _find_checkpoint(folder: Path | None) -> Path:
     newest = run.newest_checkpoint()
     if newest is None:
         wanted = f"found no checkpoint in {run.path}; wanted a folder with config.json, or a run folder"
-        raise ConfigError(f"{wanted}; `{PROGRAM}` trains one in minutes" if folder is None else wanted)
+        raise ConfigError(f"{wanted}; `{PROGRAM}` makes one" if folder is None else wanted)
     return newest
+
+
+def _find_model(folder: Path | None) -> Path:
+    """What to talk to: of the demo the model at the end of its story, if it is there; else as `_find_checkpoint`."""
+    model = (folder or Path("runs", "demo")) / "model"
+    return model if (model / "config.json").is_file() else _find_checkpoint(folder)
 
 
 def _name_of(folder: Path) -> str:

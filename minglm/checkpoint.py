@@ -500,6 +500,14 @@ def _dequantise(weight: Tensor, scale: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------- folders, all or nothing
 
 
+def write_text_atomically(path: str | Path, text: str) -> None:
+    """Whoever reads finds the old file or the new one, never half of one."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.unfinished")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
 @contextlib.contextmanager
 def write_folder_atomically(folder: str | Path, size: int = 0) -> Iterator[Path]:
     """Yields an empty folder to write into; when the block ends, it becomes `folder`, and what `folder` held is gone.

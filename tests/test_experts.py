@@ -169,7 +169,7 @@ def test_over_seeds_the_table_has_their_mean(undisturbed, base, tmp_path):
 
 
 def sat(rewards: list[float], family: str = "say_yes") -> list[Sat]:
-    return [Sat(family, 1, "automatic", reward, 3, False, "done") for reward in rewards]
+    return [Sat(family, 1, "automatic", reward, 3, False, "done", 0, 0) for reward in rewards]
 
 
 def test_a_gate_keeps_what_is_no_worse_and_nothing_else():
@@ -188,9 +188,11 @@ def test_the_last_kept_round_is_the_one_that_counts():
 
 
 def test_domains_count_alike_and_failed_attempts_not_at_all():
-    many = [*sat([1.0] * 6), *sat([0.0, 0.0], "say_no"), Sat("say_no", 1, "automatic", None, 0, False, "failed")]
+    many = [*sat([1.0] * 6), *sat([0.0, 0.0], "say_no"), Sat("say_no", 1, "automatic", None, 0, False, "failed", 0, 0)]
     assert score(many, DOMAIN_OF) == 0.5
-    assert difference(sat([1.0, 0.0]), [*sat([0.0]), Sat("say_yes", 1, "automatic", None, 0, False, "failed")]).value == -1.0
+    assert (
+        difference(sat([1.0, 0.0]), [*sat([0.0]), Sat("say_yes", 1, "automatic", None, 0, False, "failed", 0, 0)]).value == -1.0
+    )
 
 
 def test_problems_that_judge_are_not_those_that_choose():

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_rl_rollout import TOKENIZER
 
+from minglm.posttrain.experts.exam import calls_of, unread_turn
 from minglm.posttrain.experts.filters import FILTERS, SAMPLED, Answer, choose, pass_rates, repeats
 from minglm.posttrain.experts.harvest import counts_table
 from minglm.posttrain.experts.policy import Placed
@@ -216,3 +217,28 @@ def test_the_table_has_a_column_for_each_domain():
 def test_recipes_that_make_no_sense_are_refused(key, value):
     with pytest.raises(ValueError, match=key):
         Harvest(**{"problems": 1, key: value})
+
+
+def written(*turns: str, read=()) -> Trajectory:
+    """An attempt of which the policy has written these turns, with something of the world's after each; read: the messages."""
+    ids, sampled = [1], [False]
+    for turn in turns:
+        own = TOKENIZER.encode(turn, allow_special=True)
+        ids += [*own, 1]
+        sampled += [*[True] * len(own), False]
+    return Trajectory(Ask(1), ids, sampled, [0.0] * len(ids), [0] * len(ids), list(read), Verdict(0.0))
+
+
+def test_a_turn_that_was_not_read_is_found_and_the_calls_begun_in_it_count():
+    good = "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call>"
+    torn, thinks = "<tool_call>add\n<arg_key>a", "<think>shall I <tool_call></think>\n"
+    read = call({"a": 1})
+    whole = written(good, read=read)
+    assert unread_turn(whole, TOKENIZER) == "" and calls_of(whole, "automatic", TOKENIZER) == (1, 1)
+    later = written(good, torn, read=read)
+    assert unread_turn(later, TOKENIZER) == torn and calls_of(later, "automatic", TOKENIZER) == (2, 1)
+    assert calls_of(written(thinks + torn + torn), "automatic", TOKENIZER) == (2, 0)
+    assert calls_of(written("<think>shall I <tool_call> or"), "automatic", TOKENIZER) == (0, 0)
+    # Where the prompt has opened a thinking, what comes before its end is no call either.
+    assert calls_of(written("shall I <tool_call> or"), "thinking", TOKENIZER) == (0, 0)
+    assert calls_of(written("shall I </think>" + torn), "thinking", TOKENIZER) == (1, 0)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minglm.tasks.agents import FAMILIES
-from minglm.tasks.agents.calling import Call, MalformedCall, call_message, read_calls, tool
+from minglm.tasks.agents.calling import Call, CallCount, MalformedCall, call_message, count_calls, read_calls, tool
 from minglm.tasks.agents.catalogue import CATALOGUE
 from minglm.tasks.agents.chained_calls import ACTIONS, READERS, VALUES, ChainedCalls
 from minglm.tasks.agents.function_calling import FunctionCalling
@@ -123,6 +123,30 @@ def test_arguments_may_be_the_json_of_a_mapping(family):
             for call in message.get("tool_calls", ()):
                 call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
         assert problem.verify(response) == (1.0, ())
+
+
+# ---- counting them
+
+
+@every_family
+def test_every_call_of_a_right_attempt_counts_and_succeeds(family):
+    for problem in drawn(family, 4):
+        response = problem.demonstrate(True)
+        made = sum(len(message.get("tool_calls", ())) for message in response)
+        assert count_calls(response, problem.tools) == (made, made)
+        assert count_calls(response, problem.tools, unread=2) == (made + 2, made)
+
+
+def test_calls_that_do_not_fit_are_not_done_or_come_back_as_errors_have_not_succeeded():
+    fits, other = calls_f({"text": "a", "count": 1}), calls_f({"text": "a"})
+    both = {"role": "assistant", "tool_calls": fits["tool_calls"] + other["tool_calls"]}
+    result, error = ({"role": "tool", "content": content} for content in ("error in line 3", "error: no such thing"))
+    assert count_calls([fits], PLAIN) == CallCount(1, 1)  # the attempt has ended with it
+    assert count_calls([fits, result, fits, error, says("done")], PLAIN) == CallCount(2, 1)
+    assert count_calls([other], PLAIN) == CallCount(1, 0)
+    assert count_calls([both], PLAIN) == CallCount(2, 0)  # the world does all calls of a message, or none
+    assert count_calls([fits, {"role": "user", "content": "error: no"}], PLAIN) == CallCount(1, 1)
+    assert count_calls([says("error: no")], PLAIN) == CallCount(0, 0)
 
 
 # ---- attempts

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 WALL_CLOCK = ("seconds", "tokens_per_second")
+LAST_BYTES = 2**17  # of a file, that are read for its newest records
 
 
 class MetricsError(ValueError):
@@ -63,6 +64,19 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     lines = path.read_bytes().split(b"\n")[:-1]
     return [_parse(line, path, number) for number, line in enumerate(lines, 1)]
+
+
+def read_last(path: str | Path) -> list[dict[str, Any]]:
+    """The newest records, a few hundred steps of them, in order; none where there is no file. What is watched while it grows is
+    read again and again, so this does not read all of it."""
+    path = Path(path)
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        start = max(0, file.seek(0, os.SEEK_END) - LAST_BYTES)
+        file.seek(start)
+        lines = file.read().split(b"\n")[:-1]
+    return [_parse(line, path, number) for number, line in enumerate(lines[1:] if start else lines, 1)]
 
 
 def _parse(line: bytes, path: Path, number: int) -> dict[str, Any]:

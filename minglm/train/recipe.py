@@ -9,6 +9,7 @@ Nothing here needs torch.
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -302,7 +303,10 @@ def save_recipe(recipe: Any, path: str | Path, command: str = "train") -> None:
     lines = [f"# The recipe of this run as resolved. `python -m minglm {command}` takes it, too.", *_table(values)]
     for stage in stages:
         lines += ["", "[[stages]]", *(f"{key} = {_toml(value)}" for key, value in stage.items() if value is not None)]
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.unfinished")  # who reads it meanwhile finds the old one or the new one
+    aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(aside, path)
 
 
 def _table(values: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -1,23 +1,30 @@
-"""How good a model is at held-out problems, in each mode: one attempt at each problem, the same draws for every model."""
+"""How good a model is at held-out problems, in each mode: one attempt at each problem, the same draws for every model.
+
+exams/MODEL/attempts.json            every attempt, as numbers
+exams/MODEL/conversations.json       of each pool and mode the attempt at its first problem, as text
+"""
 
 import json
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minglm.chat import MODES, has_thought
+from minglm.chat import MODES, OPENS_THINKING, has_thought
 from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.evals.interval import Estimate, mean, share
 from minglm.posttrain.experts.policy import Placed, Policy, different
 from minglm.posttrain.experts.recipe import Exam
 from minglm.rl.recipe import RLRecipe
-from minglm.rl.rollout import Asked
+from minglm.rl.rollout import Asked, Trajectory
+from minglm.tasks.agents.calling import CallCount, count_calls
 from minglm.tasks.task import HELD_OUT
+from minglm.tokenizer import Tokenizer
 
-RECORDS = "attempts.json"
+RECORDS, CONVERSATIONS = "attempts.json", "conversations.json"
 
 
 class Questions(NamedTuple):
@@ -29,7 +36,7 @@ class Questions(NamedTuple):
 
 class Sat(NamedTuple):
     """One attempt: where the problem is from, the mode, the reward (None: its environment failed), the tokens that the model
-    wrote, whether it has thought, and how the attempt ended."""
+    wrote, whether it has thought, how the attempt ended, and its calls of tools (`calling.CallCount`)."""
 
     family: str
     level: int
@@ -38,6 +45,8 @@ class Sat(NamedTuple):
     tokens: int
     thought: bool
     end: str
+    calls: int
+    calls_succeeded: int
 
 
 def questions(levels: Mapping[str, tuple[int, ...]], exam: Exam, seed: int) -> Questions:
@@ -59,28 +68,70 @@ def sit(model: Path, recipe: RLRecipe, asked: Sequence[Placed], exam: Exam, fold
     instead when it is there."""
     if not (folder / RECORDS).is_file():
         policy = Policy(model, recipe)
-        found = []
+        found, conversations = [], []
         for mode in MODES:
             seeded = [
                 Asked(one.problem, random.Random(f"exam {mode} {number}").getrandbits(62)) for number, one in enumerate(asked)
             ]
             attempts = policy.attempt(seeded, mode, exam.temperature, about)
-            found += [
-                Sat(
-                    at.family,
-                    at.level,
-                    mode,
-                    one.verdict and one.verdict.reward,
-                    one.length,
-                    has_thought(one.response),
-                    one.end,
-                )
-                for at, one in zip(asked, attempts, strict=True)
-            ]
+            pairs = list(zip(asked, attempts, strict=True))
+            found += [_record(at, mode, one, policy.tokenizer) for at, one in pairs]
+            firsts = [next(own) for _, own in groupby(pairs, key=lambda pair: (pair[0].family, pair[0].level))]
+            conversations += [_conversation(at, mode, one, policy.tokenizer) for at, one in firsts]
         with write_folder_atomically(folder) as aside:
-            lines = ",\n".join(json.dumps(one) for one in found)
-            (aside / RECORDS).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+            _write_lines(aside / RECORDS, found)
+            _write_lines(aside / CONVERSATIONS, conversations)
+    return read_attempts(folder)
+
+
+def read_attempts(folder: Path) -> list[Sat]:
+    """What `sit` has kept there."""
     return [Sat(*one) for one in json.loads((folder / RECORDS).read_text(encoding="utf-8"))]
+
+
+def _record(at: Placed, mode: str, one: Trajectory, tokenizer: Tokenizer) -> Sat:
+    reward, thought = one.verdict and one.verdict.reward, has_thought(one.response)
+    calls = calls_of(one, mode, tokenizer)
+    return Sat(at.family, at.level, mode, reward, one.length, thought, one.end, calls.made, calls.succeeded)
+
+
+def calls_of(one: Trajectory, mode: str, tokenizer: Tokenizer) -> CallCount:
+    """Every call that the model has begun, those of a turn that was cut off or could not be read included."""
+    if not one.problem.tools:
+        return CallCount(0, 0)
+    text = unread_turn(one, tokenizer)
+    if mode == "thinking":
+        text = OPENS_THINKING + text  # which stands in the prompt
+    thinking, closed, answer = text.rpartition("</think>")
+    begun = answer if closed or "<think>" not in text else ""  # within a thinking there are no calls
+    return count_calls(one.response, one.problem.tools, begun.count("<tool_call>"))
+
+
+def unread_turn(one: Trajectory, tokenizer: Tokenizer) -> str:
+    """What the model has written after the last message of its response: a turn that was cut off or could not be read."""
+    own = groupby(zip(one.ids, one.sampled, strict=True), key=lambda pair: pair[1])
+    turns = [[id for id, _ in pairs] for sampled, pairs in own if sampled]
+    return tokenizer.decode(turns[-1]) if len(turns) > one.turns else ""
+
+
+def _conversation(at: Placed, mode: str, one: Trajectory, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "family": at.family,
+        "level": at.level,
+        "mode": mode,
+        "messages": one.problem.messages,
+        "response": one.response,
+        "unread": unread_turn(one, tokenizer),
+        "reward": one.verdict and one.verdict.reward,
+        "reasons": one.verdict.reasons if one.verdict else (str(one.failure),),
+        "tokens": one.length,
+    }
+
+
+def _write_lines(path: Path, values: Sequence[Any]) -> None:
+    """A JSON list, a value on each line."""
+    lines = ",\n".join(json.dumps(one) for one in values)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 
 
 def rewards(sat: Iterable[Sat]) -> list[float]:
@@ -100,7 +151,16 @@ def summary(sat: Sequence[Sat]) -> dict[str, Any] | None:
         "malformed": statistics.fmean(one.end == "malformed" for one in judged),
         "problems": len(judged),
         "failed": len(sat) - len(judged),
+        "calls": call_success(judged),
     }
+
+
+def call_success(sat: Iterable[Sat]) -> dict[str, Any] | None:
+    """The share of calls that could be read, fitted their tools and were done, over single calls; None without any call."""
+    made, succeeded = (sum(own) for own in zip(*((one.calls, one.calls_succeeded) for one in sat), strict=True))
+    if not made:
+        return None
+    return {"made": made, "success": share([1.0] * succeeded + [0.0] * (made - succeeded)).numbers}
 
 
 def score(sat: Sequence[Sat], domain_of: Mapping[str, str]) -> float:

@@ -15,7 +15,6 @@ where it was killed, repeats nothing that is finished, and ends with the same bi
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil
@@ -24,6 +23,7 @@ from signal import Signals
 from typing import Any
 
 from minglm.chat import MODES
+from minglm.checkpoint import write_text_atomically
 from minglm.config import ConfigError
 from minglm.posttrain.experts.exam import Questions, Sat, difference, questions, score, sit
 from minglm.posttrain.experts.harvest import SAMPLES, counts_table, harvest, read_counts
@@ -106,9 +106,7 @@ def open_folder(recipe: ExpertsRecipe, folder: Path) -> tuple[ExpertsRecipe, Pat
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        aside = config.with_suffix(".aside")
-        save_experts_recipe(recipe, aside)
-        os.replace(aside, config)
+        save_experts_recipe(recipe, config)
     return recipe, folder
 
 
@@ -145,7 +143,7 @@ def _round(
     sat = sit(trained, recipe.unified_rl, asked.choosing, recipe.exam, folder / "gate", f"gate of round {number}")
     gate = gate_of(scored, sat, recipe.domain_of)
     text = json.dumps({"round": number, **gate}, indent=1) + "\n"
-    (folder / GATE).write_text(text, encoding="utf-8")  # a function of the attempts, which are kept
+    write_text_atomically(folder / GATE, text)  # a function of the attempts, which are kept
     print(f"round {number}: held-out score {gate['score']:.3f}, {gate['reason']}")
     return Round(number, answers, unified, trained, gate), sat
 
@@ -163,19 +161,19 @@ def gate_of(before: list[Sat], after: list[Sat], domain_of: dict[str, str]) -> d
 
 def unified_sft(recipe: ExpertsRecipe, answers: dict[str, Path]) -> SFTRecipe:
     """SFT from the base on samples of all domains, by the weights of the recipe's modes; a mode without samples is left out
-    unless demonstrations fill it. Raises `ExpertsError` where no mode has any."""
+    unless demonstrations fill it. Raises `ExpertsError` where nothing is left to learn from."""
     counts = [read_counts(folder)["kept"] for folder in answers.values()]
     data = recipe.unified_sft.conversations
     held = {mode: sum(one[mode] for one in counts) for mode in MODES}
     weights = {mode: weight if held[mode] or data.file_share < 1 else 0.0 for mode, weight in data.weights.items()}
-    if not any(held[mode] for mode, weight in weights.items() if weight):
+    if not any(weights.values()):
         raise ExpertsError(f"no answer has passed the filters (counts.json in {', '.join(map(str, answers.values()))})")
     # So many that each sample is dealt once, at least; those of a mode with few come round again.
     share = data.file_share or 1.0
     needed = [held[mode] * sum(weights.values()) / (weight * share) for mode, weight in weights.items() if weight]
     conversations = replace(
         data,
-        samples=ceil(max(needed)),
+        samples=ceil(max(needed)) or data.samples,  # none held: demonstrations alone
         files=tuple(folder / SAMPLES for folder in answers.values()),
         **{mode.replace("-", "_"): weight for mode, weight in weights.items()},
     )
@@ -190,7 +188,7 @@ def run_once(run: Callable[[Any, Path], Outcome], recipe: SFTRecipe | RLRecipe, 
         outcome = run(recipe, folder)
         if outcome.stopped_by is not None:
             raise Stopped(outcome.stopped_by, folder)
-        mark.write_text(json.dumps({"step": outcome.step}) + "\n", encoding="utf-8")
+        write_text_atomically(mark, json.dumps({"step": outcome.step}) + "\n")
     return RunFolder(folder).newest_checkpoint()
 
 

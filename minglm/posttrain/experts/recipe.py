@@ -156,6 +156,31 @@ def with_paths(recipe: ExpertsRecipe, change: Callable[[Path], Path]) -> Experts
     )
 
 
+def scaled(recipe: ExpertsRecipe, factor: float) -> ExpertsRecipe:
+    """With every length times `factor`: samples and steps of fine-tuning, steps of RL, problems of answers and exams."""
+
+    def times(count: int) -> int:
+        return max(1, round(factor * count))
+
+    def sft(one: SFTRecipe) -> SFTRecipe:
+        conversations = dataclasses.replace(one.conversations, samples=times(one.conversations.samples))
+        training = dataclasses.replace(one.training, scale=factor * one.training.scale)
+        return dataclasses.replace(one, conversations=conversations, training=training)
+
+    def rl(one: RLRecipe) -> RLRecipe:
+        return dataclasses.replace(one, steps=times(one.steps))
+
+    return dataclasses.replace(
+        recipe,
+        start=sft(recipe.start),
+        experts={domain: rl(one) for domain, one in recipe.experts.items()},
+        harvest=dataclasses.replace(recipe.harvest, problems=times(recipe.harvest.problems)),
+        unified_sft=sft(recipe.unified_sft),
+        unified_rl=rl(recipe.unified_rl),
+        exam=dataclasses.replace(recipe.exam, problems=times(recipe.exam.problems)),
+    )
+
+
 def _change(mapping: dict[str, Any], text: str) -> None:
     """`experts.agent.steps=40`. Unknown keys are found when the recipe is built."""
     key_path, values = parse_variation(text)

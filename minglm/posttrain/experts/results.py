@@ -1,11 +1,12 @@
 """The tables of an expert iteration, as results.json and results.md; of several seeds, with intervals over them."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minglm.chat import MODES
+from minglm.checkpoint import write_text_atomically
 from minglm.evals.interval import Estimate, mean
 from minglm.posttrain.experts.exam import Sat, score, summary
 from minglm.posttrain.experts.harvest import counts_table, read_counts
@@ -32,7 +33,7 @@ def write_results(recipe: ExpertsRecipe, folder: Path, sat: Mapping[str, Sequenc
     experts = [one for domain in recipe.experts for one in sat[f"expert-{domain}"]]
     columns = {"base": sat["base"], "start": sat["start"], "expert": experts}
     columns |= {"unified": sat[f"unified-{kept}"], "unified_rl": sat[f"unified-{kept}-rl"]}
-    table = {column: _rows(own, recipe.domain_of) for column, own in columns.items()}
+    table = {column: rows_of(own, recipe.domain_of) for column, own in columns.items()}
     answers = {one.number: {domain: read_counts(path) for domain, path in one.answers.items()} for one in made.rounds}
     results = {
         "seed": recipe.seed,
@@ -61,7 +62,10 @@ def write_results_of_seeds(recipe: ExpertsRecipe, folder: Path, folders: Sequenc
             for mode in modes:
                 own = [one[column][row][mode] for one in found if one[column].get(row, {}).get(mode)]
                 if own:
-                    numbers = {key: _over([each[key][0] for each in own]) for key in ("reward", "tokens")}
+                    numbers: dict[str, Any] = {key: _over([each[key][0] for each in own]) for key in ("reward", "tokens")}
+                    calls = [each["calls"] for each in own if each["calls"]]
+                    made, shares = sum(each["made"] for each in calls), [each["success"][0] for each in calls]
+                    numbers["calls"] = {"made": made, "success": _over(shares)} if calls else None
                     table.setdefault(column, {}).setdefault(row, {})[mode] = {**numbers, "seeds": len(own)}
     text = [
         f"# Expert iteration, {len(folders)} seeds",
@@ -81,7 +85,8 @@ def _introduction(problems: int) -> str:
     )
 
 
-def _rows(sat: Sequence[Sat], domain_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+def rows_of(sat: Sequence[Sat], domain_of: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """A column of the table."""
     groups: dict[str, list[Sat]] = {}
     for one in sat:
         for row in ("all", f"all {domain_of[one.family]}", one.family, f"{one.family} {one.level}"):
@@ -93,16 +98,19 @@ def _sections(table: Table, recipe: ExpertsRecipe) -> Iterator[str]:
     """A table of each domain, families and modes being its rows, the models its columns; and one of all together."""
     for domain, expert in recipe.experts.items():
         yield f"## {domain}"
-        yield _markdown(table, [*expert.tasks.levels, f"all {domain}"])
+        yield _markdown(table, [*expert.tasks.levels, f"all {domain}"], _cell)
     yield "## all domains"
-    yield _markdown(table, ["all"])
+    yield _markdown(table, ["all"], _cell)
+    yield "## calls of tools"
+    yield "The share that could be read, fitted the tool and was done, and how many calls there were."
+    yield _markdown(table, ["all"], _calls)
 
 
-def _markdown(table: Table, rows: Sequence[str]) -> str:
+def _markdown(table: Table, rows: Sequence[str], cell: Callable[[Mapping[str, Any] | None], str]) -> str:
     lines = [f"| | mode | {' | '.join(COLUMNS.values())} |", f"|---|---|{'---|' * len(COLUMNS)}"]
     for row in rows:
         for mode in MODES:
-            cells = [_cell(table.get(column, {}).get(row, {}).get(mode)) for column in COLUMNS]
+            cells = [cell(table.get(column, {}).get(row, {}).get(mode)) for column in COLUMNS]
             lines.append(f"| {row} | {mode} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -113,6 +121,11 @@ def _cell(found: Mapping[str, Any] | None) -> str:
     return f"{Estimate(*found['reward'], count=0).text(2)}; {found['tokens'][0]:.0f} tokens"
 
 
+def _calls(found: Mapping[str, Any] | None) -> str:
+    calls = found and found["calls"]
+    return f"{Estimate(*calls['success'], count=0).text()} of {calls['made']:,}" if calls else "no calls"
+
+
 def _write(folder: Path, results: Any, text: str) -> None:
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (folder / TABLE).write_text(text + "\n", encoding="utf-8")
+    write_text_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
+    write_text_atomically(folder / TABLE, text + "\n")

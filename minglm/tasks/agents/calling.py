@@ -15,6 +15,7 @@ Tool = dict[str, Any]
 MOST_CALLS = 16  # in one message
 LONGEST_ARGUMENT = 20_000  # characters
 LARGEST_NUMBER = 10**15
+ERROR = "error:"  # how the result of a call begins that cannot be done
 
 
 class MalformedCall(ValueError):
@@ -56,6 +57,30 @@ def read_calls(message: Any, tools: Sequence[Tool]) -> list[Call]:
     if len(found) > MOST_CALLS:
         raise MalformedCall(f"{len(found)} calls in one message; wanted at most {MOST_CALLS}")
     return [_read_call(call, index, tools) for index, call in enumerate(found)]
+
+
+class CallCount(NamedTuple):
+    """Calls of an attempt; and of these, those that fit their tools and could be done."""
+
+    made: int
+    succeeded: int
+
+
+def count_calls(response: Sequence[Message], tools: Sequence[Tool], unread: int = 0) -> CallCount:
+    """One by one. A call has succeeded if all of its message could be read (else the world does none of them) and its result,
+    where the attempt went on to one, is no error. unread: calls of a turn that could not be read, which stand in no message.
+    """
+    made, succeeded = unread, 0
+    for place, message in enumerate(response):
+        calls = message.get("tool_calls") or ()
+        made += len(calls)
+        try:
+            read_calls(message, tools)
+        except MalformedCall:
+            continue
+        results = [found["content"] for found in response[place + 1 : place + 1 + len(calls)] if found["role"] == "tool"]
+        succeeded += len(calls) - sum(result.startswith(ERROR) for result in results)
+    return CallCount(made, succeeded)
 
 
 def _read_call(call: Any, index: int, tools: Sequence[Tool]) -> Call:

@@ -39,7 +39,8 @@ class World(Episode):
 
     @abstractmethod
     def call(self, call: Call) -> str:
-        """Do a call of one of the tools; its arguments fit the schema. -> the result."""
+        """Do a call of one of the tools; its arguments fit the schema. -> the result; of what cannot be done it begins with
+        `calling.ERROR`."""
 
     @abstractmethod
     def hear(self, content: str) -> str | None:
