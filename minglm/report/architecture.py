@@ -42,7 +42,7 @@ def _mtp(config: GLMConfig, edge: float, head: float, norm: float) -> list[str]:
         "norms of state t, token t+1,",
         f"joined: {2 * config.hidden_size:,} to {config.hidden_size:,};",
         "one MoE layer, a norm,",
-        "and the same head: token t+2",
+        "the same head: token t+2",
     )
     count = config.num_nextn_predict_layers
     parts = [_shape(left, top, width, 30 + LINE * len(lines), "moe")]
