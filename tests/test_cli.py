@@ -162,10 +162,10 @@ def test_params_reads_sizes_files_and_folders(recipe_file, capsys):
 
 
 @pytest.mark.slow
-def test_the_quick_demo_ends_well(tmp_path, monkeypatch, capsys):
+def test_the_training_of_the_quick_demo_ends_well(tmp_path, monkeypatch, capsys):  # the whole of it is in .ci/run
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run(capsys, "--quick")
-    assert code == 0 and "runs/quick/report.html" in out
+    code, out, _ = run(capsys, "train", "quick")
+    assert code == 0 and "runs/quick/overview.png" in out
     records = read_metrics("runs/quick/metrics.jsonl")
     bits = [record["bits_per_byte"] for record in records if record["kind"] == "held_out"]
     assert bits[-1] < 0.9 * bits[0]
