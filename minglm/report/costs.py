@@ -9,6 +9,7 @@ from minglm.config import GLMConfig
 from minglm.params import forward_flops_per_token, training_flops_per_token
 from minglm.posttrain.experts.exam import RECORDS, read_attempts
 from minglm.posttrain.experts.harvest import COUNTS, read_counts
+from minglm.posttrain.experts.pipeline import GATE
 from minglm.report.html import Html, charts, commands, duration, folded, later, paragraph, section, si, table
 from minglm.report.parts import EXPERTS, Part, Story
 from minglm.report.record import Record
@@ -81,7 +82,7 @@ def flops_of(story: Story, part: Part) -> float | None:
             return _forward(config, generated) + trained * training_flops_per_token(config, _length(config))
     if part.kind == "answers" and (part.result / COUNTS).is_file():
         return _forward(config, read_counts(part.result)["generated_tokens"])
-    sat = folder / "gate" if part.result.name == "gate.json" else folder
+    sat = folder / "gate" if part.result.name == GATE else folder
     if part.kind == "exam" and (sat / RECORDS).is_file():
         return _forward(config, sum(one.tokens for one in read_attempts(sat)))
     return None

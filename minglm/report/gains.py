@@ -9,13 +9,13 @@ from minglm.chat import MODES
 from minglm.evals.interval import mean, share
 from minglm.evals.measure import Results
 from minglm.posttrain.experts.exam import RECORDS, Sat, read_attempts, rewards
+from minglm.posttrain.experts.paths import COMPARED
 from minglm.posttrain.experts.results import COLUMNS, Table, rows_of
 from minglm.report.html import Html, charts, heading, interval, later, section, table
 from minglm.report.parts import AGENTS_EVALUATED, Story, agent_families, read_json
 from minglm.report.svg import Row, Series, intervals, lines
 
 GLM_TOOL_SUCCESS = 0.906
-PATHS_FILE = "paths.json"
 NO_AGENT = "No family of this recipe is solved with tools."
 
 
@@ -67,18 +67,17 @@ def gains_section(story: Story, attempts: Attempts) -> Html:
 
 def _rounds(story: Story) -> list[Html]:
     """The gates so far: agentic RL, answers anew, SFT, RL, and whether it was worth it."""
-    gates = [(number, read_json(story.iteration / f"round-{number}" / "gate.json")) for number in story.rounds]
-    rows = [[f"round {number}", f"{gate['score']:.3f}", gate["reason"]] for number, gate in gates if gate]
+    rows = [[f"round {number}", f"{gate['score']:.3f}", gate["reason"]] for number, gate in story.gates().items()]
     caption = (
         "Rounds of iterative self-distillation (report, section 3.3): the score of all modes and domains, on problems that "
+        "no exam uses, and the gate."
     )
-    caption += "no exam uses, and the gate."
     return [heading("Rounds"), table(["round", "score", "gate"], rows, caption)] if rows else []
 
 
 def _ways(story: Story) -> list[Html]:
     """What `experts --compare` has found, where it was asked: other ways to one model."""
-    found = read_json(story.iteration / PATHS_FILE)
+    found = read_json(story.iteration / COMPARED)
     if found is None:
         return []
     first = next(iter(found.values()))

@@ -116,8 +116,12 @@ class Story:
 
     def kept_round(self) -> int | None:
         """The last round so far that was kept."""
-        gates = {number: read_json(self.iteration / f"round-{number}" / GATE) for number in self.rounds}
-        return max((number for number, gate in gates.items() if gate and gate["kept"]), default=None)
+        return max((number for number, gate in self.gates().items() if gate["kept"]), default=None)
+
+    def gates(self) -> dict[int, dict[str, Any]]:
+        """What the gate of each round so far has said."""
+        found = {number: read_json(self.iteration / f"round-{number}" / GATE) for number in self.rounds}
+        return {number: gate for number, gate in found.items() if gate}
 
     def exams(self) -> dict[str, list[Path]]:
         """Column of the tables (`results.COLUMNS`) -> where the exams that it is made of are, or will be."""

@@ -5,7 +5,7 @@ from minglm.posttrain.experts.harvest import COUNTS, read_counts
 from minglm.report.html import Html, charts, heading, interval, later, section, table
 from minglm.report.parts import Story
 from minglm.report.svg import Series, lines
-from minglm.report.training import _of, _smooth
+from minglm.report.training import of_kind, smooth
 from minglm.train.metrics import read_metrics
 
 
@@ -14,7 +14,7 @@ def rl_section(story: Story) -> Html:
     drawn, rows = [], []
     for name, folder in story.rl_runs().items():
         records = read_metrics(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
-        steps, held_out = _of(records, "step"), _of(records, "held_out")
+        steps, held_out = of_kind(records, "step"), of_kind(records, "held_out")
         if not held_out:
             continue
         rewards = [(one["step"], one["rewards"]["all"]) for one in held_out]
@@ -23,7 +23,7 @@ def rl_section(story: Story) -> Html:
         bounds = [(low and max(0.0, low), high and min(1.0, high)) for _, (_, low, high) in rewards]
         series = [Series("held out, 95% interval", points, 1, "dots", bounds)]
         if steps:
-            series.append(Series("attempts in training", _smooth(steps, "reward"), 0))
+            series.append(Series("attempts in training", smooth(steps, "reward"), 0))
             series.append(Series("", [(one["step"], one["reward"]) for one in steps], 0, "pale"))
         drawn.append((lines(series, "step", "reward", y_range=(0.0, 1.0)), name))
         first, last = (interval(reward) for _, reward in (rewards[0], rewards[-1]))

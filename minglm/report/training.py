@@ -63,17 +63,17 @@ def loss_section(story: Story) -> Html:
     if story.training is None or not story.run.metrics.is_file():
         return section("loss", title, paper, waiting)
     records = read_metrics(story.run.metrics)
-    steps, held_out, ends = (_of(records, kind) for kind in ("step", "held_out", "stage"))
+    steps, held_out, ends = (of_kind(records, kind) for kind in ("step", "held_out", "stage"))
     if not steps:
         return section("loss", title, paper, waiting)
     marks = [(end["step"], end["name"]) for end in ends]
     losses = [
-        Series("next token", _smooth(steps, "lm_loss"), 0),
+        Series("next token", smooth(steps, "lm_loss"), 0),
         Series("", [(one["step"], one["lm_loss"]) for one in steps], 0, "pale"),
         Series("held out", [(one["step"], one["loss"]) for one in held_out], 1, "dots"),
     ]
     if any(one["mtp_loss"] for one in steps):
-        losses.append(Series("token after the next (MTP)", _smooth(steps, "mtp_loss"), 2))
+        losses.append(Series("token after the next (MTP)", smooth(steps, "mtp_loss"), 2))
     bits = [Series("", [(one["step"], one["bits_per_byte"]) for one in held_out], 1, "dots")]
     drawn = charts(
         (
@@ -96,7 +96,7 @@ def _described(stage: Any) -> list[str]:
 
 def _by_domain(records: Records) -> list[Html]:
     """Bits per byte of each domain at the end of each stage that has ended."""
-    ends, domains = _of(records, "stage"), _of(records, "domain")
+    ends, domains = of_kind(records, "stage"), of_kind(records, "domain")
     if not domains:
         return []
     found = {(one["step"], one["domain"]): one["bits_per_byte"] for one in domains}
@@ -134,19 +134,19 @@ def balance_section(story: Story) -> Html:
     title, paper = "Expert load and balance", "report, sections 2.1 and 2.4"
     waiting = later("how evenly the experts are used, and the bias that keeps them so.")
     records = read_metrics(story.run.metrics) if story.training and story.run.metrics.is_file() else []
-    routers, steps = _of(records, "router"), [one for one in _of(records, "step") if one.get("max_violation")]
+    routers, steps = of_kind(records, "router"), [one for one in of_kind(records, "step") if one.get("max_violation")]
     if not routers or not steps:
         return section("balance", title, paper, waiting)
     last = routers[-1]
     share = np.array(last["expert_share"])
     names = layer_names(story.training.model, len(share))
     violation = [{"step": one["step"], "mean": float(np.mean(one["max_violation"]))} for one in steps]
-    ends = _of(records, "stage")
+    ends = of_kind(records, "stage")
     drawn = charts(
         (heat((share * share.shape[1]).tolist(), names, "expert"), f"Load of each expert at step {last['step']:,}."),
         (
             lines(
-                [Series("", _smooth(violation, "mean"), 0), Series("", [(v["step"], v["mean"]) for v in violation], 0, "pale")],
+                [Series("", smooth(violation, "mean"), 0), Series("", [(v["step"], v["mean"]) for v in violation], 0, "pale")],
                 "step",
                 "MaxVio, mean of layers",
                 [(end["step"], end["name"]) for end in ends],
@@ -171,11 +171,11 @@ def layer_names(config: GLMConfig, rows: int) -> list[str]:
     return [*own, *["MTP"] * (rows - len(own))]
 
 
-def _of(records: Records, kind: str) -> Records:
+def of_kind(records: Records, kind: str) -> Records:
     return [one for one in records if one["kind"] == kind]
 
 
-def _smooth(records: Records, key: str) -> list[tuple[float, float]]:
+def smooth(records: Records, key: str) -> list[tuple[float, float]]:
     """The mean over a window around each record, of up to 1/25 of them."""
     values = np.array([one[key] for one in records], dtype=float)
     half = len(values) // 50

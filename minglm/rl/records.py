@@ -1,13 +1,13 @@
 """What a run writes down of its attempts: the numbers of a step for metrics.jsonl, and every attempt as text."""
 
 import json
-import os
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minglm.checkpoint import write_text_atomically
 from minglm.evals.passes import pass_at
 from minglm.rl.practice import Practice
 from minglm.rl.recipe import RLRecipe
@@ -93,9 +93,7 @@ def write_rollouts(trajectories: Sequence[Trajectory], tokenizer: Tokenizer, fol
         )
         for one in trajectories
     )
-    aside = folder / ".writing"
-    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(aside, folder / f"step-{step}.jsonl")
+    write_text_atomically(folder / f"step-{step}.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def rollout_files(folder: Path) -> dict[int, Path]:

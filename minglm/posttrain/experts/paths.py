@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minglm.checkpoint import write_text_atomically
 from minglm.evals.interval import mean
 from minglm.posttrain.experts.exam import Sat, questions, score
 from minglm.posttrain.experts.harvest import read_counts
@@ -24,6 +25,7 @@ from minglm.rl.loop import rl
 from minglm.rl.recipe import RLRecipe
 from minglm.train.metrics import read_metrics
 
+COMPARED = "paths.json"
 PATHS = ("self-distillation", "on-policy distillation", "one model")
 
 
@@ -72,7 +74,7 @@ def compare(recipe: ExpertsRecipe, folder: str | Path) -> dict[str, Any]:
         path: {**cost._asdict(), "compute": cost.compute, **_judged(attempts, recipe.domain_of)}
         for path, cost, attempts in zip(PATHS, costs, sat, strict=True)
     }
-    (folder / "paths.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_text_atomically(folder / COMPARED, json.dumps(found, indent=1) + "\n")
     write_paths(folder, [found])
     return found
 
