@@ -62,6 +62,7 @@ def folded(title: str, *inside: str) -> Html:
 
 
 def commands(*lines: str) -> Html:
+    """Lines as they stand, to be copied."""
     return Html(f'<pre class="commands">{escape(chr(10).join(lines))}</pre>')
 
 

@@ -2,10 +2,12 @@
 
 from minglm.posttrain.experts.filters import FILTERS, SAMPLED
 from minglm.posttrain.experts.harvest import COUNTS, read_counts
-from minglm.report.html import Html, charts, heading, interval, later, section, table
+from minglm.report.html import Html, charts, commands, folded, heading, interval, later, section, table
 from minglm.report.parts import Story
 from minglm.report.svg import Series, lines
 from minglm.report.training import of_kind, smooth
+from minglm.rl.objective import formula
+from minglm.rl.recipe import load_rl_recipe
 from minglm.train.metrics import read_metrics
 
 
@@ -33,12 +35,20 @@ def rl_section(story: Story) -> Html:
         waiting = "the reward on held-out problems, step by step, of each expert and of the unified model."
         return section("rl", title, paper, later(waiting), *_answers(story))
     text = (
-        "GRPO without a KL term, with the difficulty curriculum and dynamic sampling; what an environment answers is never "
-        "trained on. Problems that attempts are trained on get harder as they are learnt, so the curve of training may fall "
-        "while the held-out reward rises."
+        "What an environment answers is never trained on. Problems that attempts are trained on get harder as they are learnt, "
+        "so the curve of training may fall while the held-out reward rises."
     )
     head = ["run", "steps", "held out, before", "held out, after", "tokens an attempt"]
-    return section("rl", title, paper, text, charts(*drawn), table(head, rows), *_answers(story))
+    return section("rl", title, paper, text, charts(*drawn), table(head, rows), *_objectives(story), *_answers(story))
+
+
+def _objectives(story: Story) -> list[Html]:
+    """The losses as they were computed, each once, with the runs that followed it."""
+    runs: dict[str, list[str]] = {}
+    for name, folder in story.rl_runs().items():
+        if (folder / "config.toml").is_file():
+            runs.setdefault(formula(load_rl_recipe(folder / "config.toml").objective), []).append(name)
+    return [folded(f"The loss of {', '.join(names)}", commands(text)) for text, names in runs.items()]
 
 
 def _answers(story: Story) -> list[Html]:
