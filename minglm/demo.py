@@ -118,7 +118,7 @@ class Plan:
         """The kept round's model, after RL, as a folder of its own without what only its training needs."""
         import shutil
 
-        from minglm.checkpoint import write_folder_atomically
+        from minglm.files import write_folder_atomically
         from minglm.train.run_folder import RunFolder
 
         story = Story.of(self.folder)

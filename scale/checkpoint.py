@@ -16,8 +16,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from minglm.checkpoint import CheckpointError, sha256_of, write_parameters
+from minglm.checkpoint import CheckpointError, write_parameters
 from minglm.config import GLMConfig
+from minglm.files import sha256_of
 from minglm.model import GLM
 from scale.muon import ShardedMuonAdamW
 from scale.shard import Part

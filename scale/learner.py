@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from minglm.checkpoint import write_folder_atomically
 from minglm.config import GLMConfig
+from minglm.files import write_folder_atomically
 from minglm.model import GLM
 from minglm.optim import MuonAdamW
 from minglm.train.device import Device

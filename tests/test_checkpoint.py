@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minglm import checkpoint
-from minglm.checkpoint import CheckpointError, convert, load_model, save_model, tensor_map, write_folder_atomically
+from minglm import checkpoint, files
+from minglm.checkpoint import CheckpointError, convert, load_model, save_model, tensor_map
 from minglm.config import ConfigError, GLMConfig
+from minglm.files import WriteError, write_folder_atomically
 from minglm.model import GLM
 
 INDEX = "model.safetensors.index.json"
@@ -516,7 +517,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(tmp_path, monkeyp
         save_file(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", save_until_full)
-    with pytest.raises(CheckpointError, match=r"model: the disk is full: at least [\d,]+ bytes are needed, [\d,]+ are"):
+    with pytest.raises(WriteError, match=r"model: the disk is full: at least [\d,]+ bytes are needed, [\d,]+ are"):
         save_model(random_model(2), tmp_path / "model", max_shard_bytes=1000)
     assert_equal(load_model(tmp_path / "model"), random_model(1))
     assert os.listdir(tmp_path) == ["model"]
@@ -524,7 +525,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_saved(tmp_path, monkeyp
 
 def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path):
     too_much = 2 * shutil.disk_usage(tmp_path).total
-    with pytest.raises(CheckpointError, match=f"at least {too_much:,} bytes are needed"):
+    with pytest.raises(WriteError, match=f"at least {too_much:,} bytes are needed"):
         with write_folder_atomically(tmp_path / "model", size=too_much):
             raise AssertionError("the block must not be entered")
     assert os.listdir(tmp_path) == []
@@ -532,15 +533,15 @@ def test_what_cannot_fit_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_failed_torch_save_on_a_disk_without_free_space_is_named_a_full_disk(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _path: usage)
-    with pytest.raises(CheckpointError, match="the disk is full"):
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _path: usage)
+    with pytest.raises(WriteError, match="the disk is full"):
         with write_folder_atomically(tmp_path / "model"):
             raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 
 
 def test_a_file_where_the_folder_should_be_is_not_touched(tmp_path):
     (tmp_path / "model").write_text("mine")
-    with pytest.raises(CheckpointError, match="model: is a file"):
+    with pytest.raises(WriteError, match="model: is a file"):
         save_model(random_model(), tmp_path / "model")
     assert (tmp_path / "model").read_text() == "mine"
 
@@ -555,7 +556,7 @@ def test_a_failure_between_the_two_renames_puts_the_old_folder_back(tmp_path, mo
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         rename(source, target)
 
-    monkeypatch.setattr(checkpoint.os, "rename", fail_at_the_second)
+    monkeypatch.setattr(files.os, "rename", fail_at_the_second)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)):
         save_model(random_model(2), tmp_path / "model")
     assert os.listdir(tmp_path) == ["model"]

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minglm.checkpoint import CheckpointError
 from minglm.data import shards
 from minglm.data.shards import FORMAT_VERSION, DatasetError, VocabularyMismatch, open_dataset, prepare
 from minglm.data.sources import Corpus, DataError, Document, documents_from_path, split_documents
+from minglm.files import WriteError
 from minglm.tokenizer import END_OF_DOCUMENT, train_tokenizer
 
 SOME_TEXT = "the cat sat on the mat. The dog, too!\n\n    return self.cat + 1234\n"
@@ -268,7 +268,7 @@ def test_a_full_disk_is_named_and_leaves_nothing_behind(tmp_path, monkeypatch, n
         return open_file(Path("/dev/full") if path.name == name and "w" in mode else path, mode, *arguments, **keywords)
 
     monkeypatch.setattr(Path, "open", open_full)  # writing to /dev/full fails as on a full disk
-    with pytest.raises(CheckpointError, match="data: the disk is full"):
+    with pytest.raises(WriteError, match="data: the disk is full"):
         prepare(documents(1000), TOKENIZER, tmp_path / "data", progress=False)
     assert list(tmp_path.iterdir()) == []
 

@@ -28,8 +28,8 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from minglm.checkpoint import sha256_of, write_folder_atomically
 from minglm.data.sources import HELD_OUT, TRAIN, Corpus, DataError, Document, split_documents
+from minglm.files import sha256_of, write_folder_atomically
 from minglm.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2  # raise it when the files, or what `sources` makes of the same packages, change
@@ -205,7 +205,7 @@ def prepare(
     Raises:
         DatasetError: the folder holds something else: it is never overwritten.
         DataError: no documents, or text that cannot be read (`minglm.data.sources`).
-        CheckpointError: the disk is full.
+        WriteError: the disk is full.
     """
     corpus = documents if isinstance(documents, Corpus) else Corpus.from_documents(documents)
     folder = Path(folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minglm.evals.interval import Estimate, change_of_ratio, ratio, share
+from minglm.files import write_text_atomically
 
 FEWEST_UNITS = 8  # for a comparison: fewer vary too little by chance
 
@@ -91,10 +92,7 @@ class Results:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write JSON, at once or not at all."""
-        path = Path(path)
-        aside = path.with_name(path.name + ".unfinished")
-        aside.write_text(json.dumps(asdict(self), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_text_atomically(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Results":

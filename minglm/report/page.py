@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from minglm.checkpoint import write_text_atomically
+from minglm.files import write_text_atomically
 from minglm.report.conversations import conversations_section
 from minglm.report.costs import chat_section, costs_section, reproduce_section, story_section
 from minglm.report.gains import Attempts, gains_section, reliability_section, thinking_section, tools_section

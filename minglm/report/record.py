@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from minglm.checkpoint import write_text_atomically
+from minglm.files import write_text_atomically
 from minglm.report.parts import Part
 
 RECORD = "demo.json"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minglm.checkpoint import write_text_atomically
 from minglm.evals.passes import pass_at
+from minglm.files import write_text_atomically
 from minglm.rl.practice import Practice
 from minglm.rl.recipe import RLRecipe
 from minglm.rl.rewards import by_source

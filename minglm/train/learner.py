@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minglm.checkpoint import load_model, save_model, write_folder_atomically
+from minglm.checkpoint import load_model, save_model
 from minglm.config import GLMConfig
 from minglm.data.stream import Batch
+from minglm.files import write_folder_atomically
 from minglm.model import GLM, DecoderLayer, LossTotals
 from minglm.optim import MuonAdamW, build_optimizer
 from minglm.train.device import Device
@@ -108,7 +109,7 @@ class Learner:
         return [name for name, parameter in self.model.named_parameters() if not parameter.isfinite().all()]
 
     def writing(self, folder: Path) -> AbstractContextManager[Path]:
-        """A folder to write into, which becomes `folder` when the block ends: `minglm.checkpoint.write_folder_atomically`."""
+        """A folder to write into, which becomes `folder` when the block ends: `minglm.files.write_folder_atomically`."""
         return write_folder_atomically(folder)
 
     def save(self, folder: Path) -> dict[str, Any]:

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.data.shards import Dataset, differences, prepare
 from minglm.data.sources import TRAIN, Corpus, DataError, split_documents
+from minglm.files import write_folder_atomically
 from minglm.tokenizer import Tokenizer, train_tokenizer
 from minglm.train.ingredients import corpus_of
 from minglm.train.recipe import Recipe

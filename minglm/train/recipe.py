@@ -9,13 +9,13 @@ Nothing here needs torch.
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from minglm.config import ConfigError, GLMConfig, build, read_toml_mapping
+from minglm.files import write_text_atomically
 from minglm.train.stages import Plan, Stage, plan
 from minglm.train.stages import require as _require
 
@@ -303,10 +303,7 @@ def save_recipe(recipe: Any, path: str | Path, command: str = "train") -> None:
     lines = [f"# The recipe of this run as resolved. `python -m minglm {command}` takes it, too.", *_table(values)]
     for stage in stages:
         lines += ["", "[[stages]]", *(f"{key} = {_toml(value)}" for key, value in stage.items() if value is not None)]
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.unfinished")  # who reads it meanwhile finds the old one or the new one
-    aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text_atomically(path, "\n".join(lines) + "\n")
 
 
 def _table(values: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -6,7 +6,7 @@
     data/                  tokenizer and tokens, unless the recipe keeps them elsewhere
     overview.png           plots
 
-A checkpoint has its name only when it is complete (`minglm.checkpoint.write_folder_atomically`).
+A checkpoint has its name only when it is complete (`minglm.files.write_folder_atomically`).
 """
 
 import os

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from minglm.checkpoint import CheckpointError, sha256_of
+from minglm.checkpoint import CheckpointError
+from minglm.files import sha256_of
 
 STATE = Path("trainer", "state.pt")
 CHECKSUM = Path("trainer", "state.sha256")

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from minglm.chat import MODES, OPENS_THINKING, has_thought
-from minglm.checkpoint import write_folder_atomically
 from minglm.config import ConfigError
 from minglm.evals.interval import Estimate, mean, share
+from minglm.files import write_folder_atomically
 from minglm.posttrain.experts.policy import Placed, Policy, different
 from minglm.posttrain.experts.recipe import Exam
 from minglm.rl.recipe import RLRecipe

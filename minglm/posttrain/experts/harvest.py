@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minglm.checkpoint import write_folder_atomically
+from minglm.files import write_folder_atomically
 from minglm.posttrain.experts.filters import FILTERS, SAMPLED, Answer, choose, pass_rates
 from minglm.posttrain.experts.policy import Policy, different
 from minglm.posttrain.experts.recipe import Harvest

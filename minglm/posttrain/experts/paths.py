@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minglm.checkpoint import write_text_atomically
 from minglm.evals.interval import mean
+from minglm.files import write_text_atomically
 from minglm.posttrain.experts.exam import Sat, questions, score
 from minglm.posttrain.experts.harvest import read_counts
 from minglm.posttrain.experts.pipeline import Made, experts, open_folder, run_once, sit_exams

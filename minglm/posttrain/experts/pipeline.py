@@ -23,8 +23,8 @@ from signal import Signals
 from typing import Any
 
 from minglm.chat import MODES
-from minglm.checkpoint import write_text_atomically
 from minglm.config import ConfigError
+from minglm.files import write_text_atomically
 from minglm.posttrain.experts.exam import Questions, Sat, difference, questions, score, sit
 from minglm.posttrain.experts.harvest import SAMPLES, counts_table, harvest, read_counts
 from minglm.posttrain.experts.policy import Placed

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minglm.chat import MODES
-from minglm.checkpoint import write_text_atomically
 from minglm.evals.interval import Estimate, mean
+from minglm.files import write_text_atomically
 from minglm.posttrain.experts.exam import Sat, score, summary
 from minglm.posttrain.experts.harvest import counts_table, read_counts
 from minglm.posttrain.experts.recipe import ExpertsRecipe
