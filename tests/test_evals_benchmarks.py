@@ -389,6 +389,19 @@ def test_calls_are_right_in_any_order_with_any_of_the_values(published):
     assert simple.tools[0]["function"]["parameters"]["properties"]["base"]["type"] == "number"
 
 
+def test_values_have_the_types_of_the_published_checker():
+    kinds = {"sizes": {"type": "array", "items": {"type": "float"}}, "until": {"type": "string"}, "limit": {"type": "integer"}}
+    function = {"name": "f", "parameters": {"type": "dict", "properties": kinds, "required": ["limit"]}}
+    truth = [{"f": {"sizes": ["", [1.0, 2.5]], "until": ["", None], "limit": ["", 5]}}]
+    question = bfcl(Record("here", {"id": "simple_0", "question": ASKED, "function": [function], "ground_truth": truth}))
+    assert question.gold == [call_message("f", {"limit": 5})]  # which the schema requires
+    for own, reward in (
+        ({}, 1), ({"sizes": [1.0, 2.5]}, 1), ({"sizes": []}, 1), ({"until": None}, 1), ({"until": ""}, 1),
+        ({"sizes": [1, 2.5]}, 0), ({"until": " "}, 0), ({"limit": 5.0}, 0),
+    ):  # fmt: skip
+        assert question.verify([call_message("f", {"limit": 5, **own})]).reward == reward, own
+
+
 def test_irrelevance_is_not_to_call(published):
     question = questions(published, "bfcl")["live_irrelevance_0-0-0"]
     assert question.verify(reply("I cannot.")).reward == 1
@@ -398,6 +411,14 @@ def test_irrelevance_is_not_to_call(published):
 def test_several_turns_need_the_benchmarks_programs(published):
     with pytest.raises(Unscorable, match="category multi_turn_base one needs the simulated programs of bfcl_eval"):
         questions(published, "bfcl")["multi_turn_base_0"].verify(reply("x"))
+
+
+def test_a_turn_that_only_brings_a_function_is_empty():
+    question = bfcl(Record("here", {"id": "multi_turn_miss_func_0", "question": [*ASKED, [], *ASKED]}))
+    with pytest.raises(Unscorable, match="category multi_turn_miss_func"):
+        question.verify(reply("x"))
+    with pytest.raises(RecordError, match="wanted a list of turns"):
+        bfcl(Record("here", {"id": "multi_turn_miss_func_0", "question": [[], *ASKED]}))
 
 
 def test_values_of_objects_may_stand_without_a_list():
