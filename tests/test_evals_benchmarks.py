@@ -299,6 +299,23 @@ def test_a_method_may_give_any_value_that_python_calls_equal():
     assert question.verify(reply(answer.format("x"))).reward == 1 and question.verify(reply(answer.format("1"))).reward == 0
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "class Solution:\n    def same(self, x):\n        return pow(x, 1, 7)",  # the built-in, not that of math
+        "class Solution:\n    def same(self, x):\n        return [0, 1, 2][bisect.bisect_left([0, 1, 2], x)]",
+        "class Solution:\n    def same(self, x, n=20_000):\n        return self.same(x, n - 1) if n else deepcopy(x)",
+        "class Solution:\n    def same(self, x):\n        return json.loads(StringIO(str(x)).read()) + int(mean([0]))",
+        "def same(x):\n    return x",
+    ],
+)
+def test_answers_find_what_the_published_harness_has_imported(answer):
+    tests = json.dumps([{"input": str(n), "output": str(n), "testtype": "functional"} for n in (1, 2)])
+    record = {"public_test_cases": tests, "metadata": '{"func_name": "same"}', "question_content": "q", "question_id": "1"}
+    verdict = live_code_bench(Record("here", record)).verify(reply(f"```python\n{answer}\n```"))
+    assert verdict.reward == 1, verdict.reasons
+
+
 def test_private_tests_are_no_way_in(tmp_path):
     import base64
     import pickle
