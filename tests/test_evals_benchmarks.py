@@ -520,6 +520,26 @@ def test_linear_checks_are_those_of_the_published_patterns(text):
     assert KINDS["detectable_format:number_bullet_lists"].holds(text, {"num_bullets": bullets})
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "count"),  # as nltk's tokenizers count them
+    [
+        ("change_case:capital_word_frequency", "I CAN'T GO: IT'S THE U.S. ARMY", 9),
+        ("change_case:capital_word_frequency", "I CANNOT READ AND/OR B-52 (**C**) x 1,000", 7),
+        ("length_constraints:number_sentences", "Dr. Lee came. J. K. Rowling left! (Really?) **So.** Yes", 5),
+    ],
+)
+def test_words_and_sentences_are_counted_as_published(kind, text, count):
+    limit, relation = [key for key in KINDS[kind].keys]
+    held = [KINDS[kind].holds(text, {limit: number, relation: "at least"}) for number in (count, count + 1)]
+    assert held == [True, False]
+
+
+def test_only_one_kind_of_quote_is_taken_off_the_first_word_after_the_other():
+    first = KINDS["length_constraints:nth_paragraph_first_word"].holds
+    arguments = {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": "so"}
+    assert first("'\"so b", arguments) and not first("\"'so b", arguments)
+
+
 def test_every_kind_of_instruction_has_an_example():
     assert KEPT.keys() == KINDS.keys()
 
