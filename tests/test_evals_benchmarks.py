@@ -182,6 +182,17 @@ def test_answers_of_a_safety_test_are_objects(tmp_path):
         load("safety_bench", tmp_path)
 
 
+def test_a_folder_may_hold_a_safety_test_in_several_languages(tmp_path):
+    rows = [{"id": 2, "category": "c", "question": "q", "options": ["a", "b"]}]
+    for language, right in (("en", 1), ("zh", 0), ("zh_subset", 0)):
+        (tmp_path / f"test_{language}.json").write_text(json.dumps(rows))
+        (tmp_path / f"test_answers_{language}.json").write_text(json.dumps({"2": {"category": "c", "answer": right}}))
+    (tmp_path / "dev_zh.json").write_text(json.dumps({"c": [{"question": "q", "options": ["a", "b"], "answer": 0}]}))
+    found = {question.id: question for question in load("safety_bench", tmp_path)}
+    assert list(found) == ["dev_zh 0", "test_en 2", "test_zh 2", "test_zh_subset 2"]
+    assert found["test_zh 2"].verify(reply("Answer：A")).reward == 1 and found["test_en 2"].verify(reply("[A]")).reward == 0
+
+
 def test_ids_are_unique_names_known_and_files_there(tmp_path):
     (tmp_path / "a.jsonl").write_text(2 * (json.dumps(AIME[0]) + "\n"))
     with pytest.raises(RecordError, match=r"a.jsonl:2: id '60' is also that of .*a.jsonl:1"):
@@ -270,6 +281,7 @@ def test_no_answer_keeps_a_judge_busy(judged):
 def test_letters_are_those_of_the_choices():
     assert chosen_letter("Answer: I cannot say, but the answer is B", "ABCD") == "B"
     assert chosen_letter("Answer: I", "ABCD") is None and chosen_letter("Answer: I") == "I"
+    assert chosen_letter("So it is.\nAnswer: [B]", "ABCD") == "B" == chosen_letter("答\nAnswer：B", "ABCD")
 
 
 # ---- programs and shells
