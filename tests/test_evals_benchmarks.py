@@ -212,10 +212,12 @@ SAME = [
     (r"\$18.90", "18.9"), (r"90^\circ", "90"), (r"1\frac12", "3/2"), (r"(-\infty, 0)\cup(0,1)", r"(-\infty,0) \cup (0, 1)"),
     (r"x \in [-2,7]", "[-2,7]"), (r"\{1,2\}", r"\{2,1\}"), (r"10\%", "10"), ("x^2 + 4x + 4", "(x+2)^2"), ("6-5i", "-5i+6"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\text{Evelyn}", "evelyn"), ("5!", "120"),
+    (r"\begin{pmatrix} -1/3 & 2 \\ 0.5 & 1 \end{pmatrix}", r"\begin{bmatrix}-\frac{1}{3}&2\\\frac12&1\\ \end{bmatrix}"),
     (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
 ]  # fmt: skip
 DIFFERENT = [
     ("(1,2)", "(2,1)"), ("[1,2)", "[1,2]"), (r"-\infty", r"\infty"), ("p - q", "q - p"), ("5", "x"), ("even", "odd"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
     (r"\frac{1}{0}", "1"), ("9^{9^{9^9}}", "3"), ("(" * 300, "3"), ("", ""), ("1,2,2", "1,1,2"), ("x<3", "x>3"), ("12", "1,2"),
 ]  # fmt: skip
 

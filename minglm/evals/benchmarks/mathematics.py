@@ -7,6 +7,7 @@ which model text could keep busy for ever; a wrong answer that agrees at all poi
 """
 
 import cmath
+import itertools
 import math
 import random
 import re
@@ -24,6 +25,7 @@ FUNCTIONS = {
     "arctan": cmath.atan, "arcsin": cmath.asin, "arccos": cmath.acos, "sinh": cmath.sinh, "cosh": cmath.cosh,
 }  # fmt: skip
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
+MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}")
 TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]|.)")
 
 
@@ -74,6 +76,9 @@ def equal(found: str, wanted: str) -> bool:
         return bool(a)
     if max(len(a), len(b)) > LONGEST or not a or not b:
         return False
+    matrices = [MATRIX.fullmatch(one) for one in (a, b)]
+    if all(matrices):
+        return _same_matrix(*(match[2] for match in matrices))
     a, b = (re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", one) if not re.search(r"^[\[({\\]", one) else one for one in (a, b))
     left, right = _parts(a), _parts(b)
     if len(left[1]) != len(right[1]) or left[0] != right[0] or len(left[1]) > MOST_PARTS:
@@ -84,6 +89,12 @@ def equal(found: str, wanted: str) -> bool:
             return _same_set(*pairs)
         return all(equal(x, y) for x, y in zip(*pairs, strict=True))
     return _same_value(a, b)
+
+
+def _same_matrix(left: str, right: str) -> bool:
+    """Whether rows between \\\\, of cells between &, are the same, cell by cell."""
+    a, b = ([row.split("&") for row in text.removesuffix("\\\\").split("\\\\")] for text in (left, right))
+    return list(map(len, a)) == list(map(len, b)) and all(map(equal, itertools.chain(*a), itertools.chain(*b)))
 
 
 def _same_set(left: list[str], right: list[str]) -> bool:
