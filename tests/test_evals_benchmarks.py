@@ -3,6 +3,7 @@ refused with their place."""
 
 import json
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -374,6 +375,16 @@ def test_a_patch_that_breaks_what_passed_is_wrong(published):
     breaks = command_message("echo 'def add(a, b): return 5' > adder.py")
     assert "fails test_zero" in question.verify([breaks]).reasons[0]
     assert question.verify([command_message("rm -r tests; true")]).reward == 0
+
+
+def test_an_answer_may_write_to_the_files_of_the_test_patch(published, tmp_path):
+    answer = [command_message("sed -i 's/a - b/a + b/' adder.py; echo '# mine' | tee tests/test_new.py >> tests/test_adder.py")]
+    assert questions(published, "swe_bench")["toy__adder-1"].verify(answer).reward == 1
+    new = "diff --git a/tests/test_new.py b/tests/test_new.py\nnew file mode 100644\n--- /dev/null\n+++ b/tests/test_new.py\n"
+    record = {**SWE, "test_patch": SWE["test_patch"] + new + "@@ -0,0 +1,2 @@\n+def test_nothing():\n+    pass\n"}
+    shutil.copytree(published / "swe_bench", tmp_path / "swe_bench")
+    (tmp_path / "swe_bench" / "instances.jsonl").write_text(json.dumps(record))
+    assert questions(tmp_path, "swe_bench")["toy__adder-1"].verify(answer).reward == 1
 
 
 def test_what_needs_an_image_says_which(published, tmp_path):

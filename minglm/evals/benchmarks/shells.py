@@ -49,6 +49,10 @@ for command in job["commands"]:
     except subprocess.TimeoutExpired:
         output = "[killed after 60 seconds]"
 for path, text in job["files"].items():
+    if text is None:
+        if os.path.exists(path):
+            os.remove(path)
+        continue
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
@@ -103,10 +107,11 @@ def in_box(
     files: Mapping[str, str],
     commands: Sequence[str],
     tests: Sequence[str] = (),
-    test_files: Mapping[str, str] | None = None,
+    test_files: Mapping[str, str | None] | None = None,
     patch: str = "",
 ) -> dict[str, Any]:
-    """Do commands in a fresh folder with `files`; then lay test files and a patch over it, and run all tests of some files.
+    """Do commands in a fresh folder with `files`; then lay test files (None: no such file) and a patch over it, and run all
+    tests of some files.
 
     -> output of the last command, and the names of the tests that passed, as pytest writes them; neither where it broke off.
     """
@@ -191,7 +196,8 @@ def files_below(folder: Path, left_out: Sequence[str] = ()) -> dict[str, str]:
 
 def swe_bench(record: Record) -> Question:
     """An issue of a repository. Its checkout at base_commit is looked for beside the file of records, in the folder of the
-    instance's name; right is what makes all of FAIL_TO_PASS and PASS_TO_PASS pass after the test patch."""
+    instance's name; right is what makes all of FAIL_TO_PASS and PASS_TO_PASS pass after the test patch, before which the files
+    that it touches are laid back as they were, whatever the answer did to them."""
     id, statement = record.take("instance_id", str), record.take("problem_statement", str)
     patch, test_patch = record.take("patch", str), record.take("test_patch", str)
     wanted = record.take_json("FAIL_TO_PASS", list) + record.take_json("PASS_TO_PASS", list)
@@ -202,11 +208,13 @@ def swe_bench(record: Record) -> Question:
     checkout = files_below(Path(re.sub(r":\d+$|\[\d+\]$", "", record.place)).parent / id)
     names = {test: _node(test) for test in wanted}
     paths = sorted({name.split("::")[0] for name in names.values()})
+    touched = itertools.chain(*re.findall(r"^diff --git a/(\S+) b/(\S+)$", test_patch, re.MULTILINE))
+    as_they_were = {path: checkout.get(path) for path in touched}
 
     def fails(commands: tuple[str, ...]) -> list[str]:
         if not checkout:
             return ["no checkout"]
-        passed = in_box(checkout, commands, paths, patch=test_patch)["passed"]
+        passed = in_box(checkout, commands, paths, as_they_were, test_patch)["passed"]
         return [test for test, name in names.items() if name not in passed]
 
     image = f"swebench/sweb.eval.x86_64.{id.replace('__', '_1776_')}"
