@@ -214,11 +214,15 @@ SAME = [
     (r"x \in [-2,7]", "[-2,7]"), (r"\{1,2\}", r"\{2,1\}"), (r"10\%", "10"), ("x^2 + 4x + 4", "(x+2)^2"), ("6-5i", "-5i+6"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\text{Evelyn}", "evelyn"), ("5!", "120"),
     (r"\begin{pmatrix} -1/3 & 2 \\ 0.5 & 1 \end{pmatrix}", r"\begin{bmatrix}-\frac{1}{3}&2\\\frac12&1\\ \end{bmatrix}"),
-    (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
+    (r"3 \pm 2 \sqrt{2}", r"3 + 2\sqrt{2}, 3 - 2\sqrt{2}"), (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
+    ("1,-2", r"1 \text{ and } -2"), ("1,-2", r"x=1 \text{ or } x=-2"), ("5", r"5\text{ ft/s}"), ("58,500", "58{,}500"),
+    (r"12\pi", r"12 \pi \text{ square inches}"), (r"\cot x", r"\frac{1}{\tan(x)}"), (r"2\pi\,r", r"2r\pi"), ("AB=5", "5"),
+    ("$x = 5$", "5"), (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
 ]  # fmt: skip
 DIFFERENT = [
     ("(1,2)", "(2,1)"), ("[1,2)", "[1,2]"), (r"-\infty", r"\infty"), ("p - q", "q - p"), ("5", "x"), ("even", "odd"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
+    (r"1\pm\sqrt2", r"1+\sqrt2"), ("-2,1", "(-2,1)"), (r"\text{ odd}", r"\text{ even}"), (r"x\text{odd}", r"x\text{even}"),
     (r"\frac{1}{0}", "1"), ("9^{9^{9^9}}", "3"), ("(" * 300, "3"), ("", ""), ("1,2,2", "1,1,2"), ("x<3", "x>3"), ("12", "1,2"),
 ]  # fmt: skip
 
