@@ -410,6 +410,18 @@ def test_terminal_bench_wants_the_files_of_a_task(tmp_path):
         load("terminal_bench", tmp_path)
 
 
+@pytest.mark.parametrize("other", ["solution.yaml", "tests/run.sh"])
+def test_a_task_of_keys_or_of_other_tests_than_pytests_is_read_but_not_judged(tmp_path, other):
+    texts = {"task.yaml": "instruction: Do.\n", "solution.sh": "touch done\n", "tests/test_it.py": "def test_it():\n    pass\n"}
+    del texts["solution.sh" if other == "solution.yaml" else "tests/test_it.py"]
+    for path, text in {**texts, other: "- command: vim\n"}.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (question,) = load("terminal_bench", tmp_path)
+    with pytest.raises(Unscorable, match="docker with the task's Dockerfile"):
+        question.verify(reply("Done."))
+
+
 # ---- calls
 
 

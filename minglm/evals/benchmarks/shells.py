@@ -50,8 +50,7 @@ for command in job["commands"]:
         output = "[killed after 60 seconds]"
 for path, text in job["files"].items():
     if text is None:
-        if os.path.exists(path):
-            os.remove(path)
+        subprocess.run(["rm", "-f", path], check=True)
         continue
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
@@ -245,14 +244,16 @@ def _node(test: str) -> str:
 
 
 def terminal_bench(folder: Path) -> Question:
-    """A task's folder: of the first version (task.yaml, solution.sh, tests/) or the second (task.toml, instruction.md,
-    solution/solve.sh, environment/, tests/). What is /app in the image is the working folder here."""
+    """A task's folder: of the first version (task.yaml, solution.sh or keys to press in solution.yaml, tests/) or the second
+    (task.toml, instruction.md, solution/solve.sh, environment/, tests/). What is /app in the image is the working folder here.
+    Keys are not pressed here and other tests than pytest's are not run: such tasks do not pass, and so are not judged."""
     second = (folder / "task.toml").is_file()
     instruction = _instruction(folder, second)
-    solution = folder / ("solution/solve.sh" if second else "solution.sh")
+    solutions = [folder / name for name in (("solution/solve.sh",) if second else ("solution.sh", "solution.yaml"))]
+    solution = next((file for file in solutions if file.is_file()), None)
     tests = {f"tests/{path}": text for path, text in files_below(folder / "tests").items()}
-    if not solution.is_file() or not any(path.endswith(".py") for path in tests):
-        raise RecordError(f"{folder}: found no {solution.name} or no test in tests/; wanted a task of Terminal-Bench")
+    if not solution or not tests:
+        raise RecordError(f"{folder}: found no {solutions[0].name} or no file in tests/; wanted a task of Terminal-Bench")
     if second:
         files = files_below(folder / "environment", ("Dockerfile", "docker-compose.yaml"))
     else:
@@ -266,12 +267,14 @@ def terminal_bench(folder: Path) -> Question:
         passed = in_box(files, [one.replace("/app", HOME) for one in commands], paths, here)["passed"]
         return [] if len(passed) >= count > 0 else [f"{count - len(passed)} of {count} tests"]
 
-    script = solution.read_text(encoding="utf-8")
+    script = solution.read_text(encoding="utf-8") if solution.suffix == ".sh" else ""
     needs = (
         f"{folder}: the task does not pass with its own solution in the sandbox; needed is docker with the task's Dockerfile, "
         "where Terminal-Bench's harness can ask the endpoint itself"
     )
-    gold = [command_message(script), {"role": "tool", "content": ""}, {"role": "assistant", "content": "Done."}]
+    gold = (
+        [command_message(script), {"role": "tool", "content": ""}, {"role": "assistant", "content": "Done."}] if script else []
+    )
     judge = _judge(fails, script, needs)
     messages = asked(instruction.replace("/app", HOME))
     return Question(
