@@ -655,6 +655,9 @@ def test_a_customer_is_served(published):
     other = {"function": {"name": "cancel", "arguments": {"order_id": "#2"}}}
     wrong = question.verify([{"role": "assistant", "tool_calls": [call["tool_calls"][0], other]}, last])
     assert wrong.reasons == ("left the data in another state",)
+    assert question.verify([said, call, last, {"role": "user", "content": "And #2?"}]).reasons == ("was not over",)
+    handed = [last, call_message("transfer_to_human_agents", {}), {"role": "tool", "content": "Transfer successful"}]
+    assert question.verify([call, *handed]).reward == 1
     unknown = {"function": {"name": "refund", "arguments": {}}}
     assert question.start().step({"tool_calls": [unknown]})[0]["content"] == "Unknown action refund"
     with pytest.raises(Unscorable, match="played by a model"):
