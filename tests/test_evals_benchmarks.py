@@ -448,16 +448,18 @@ def test_calls_are_right_in_any_order_with_any_of_the_values(published):
 
 
 def test_values_have_the_types_of_the_published_checker():
-    kinds = {"sizes": {"type": "array", "items": {"type": "float"}}, "until": {"type": "string"}, "limit": {"type": "integer"}}
-    function = {"name": "f", "parameters": {"type": "dict", "properties": kinds, "required": ["limit"]}}
-    truth = [{"f": {"sizes": ["", [1.0, 2.5]], "until": ["", None], "limit": ["", 5]}}]
+    kinds = {"sizes": {"type": "array", "items": {"type": "float"}}, "tags": {"type": "array", "items": {"type": "string"}},
+             "until": {"type": "string"}, "limit": {"type": "integer"}}  # fmt: skip
+    function = {"name": "f", "parameters": {"type": "dict", "properties": kinds, "required": ["sizes", "limit"]}}
+    truth = [{"f": {"sizes": [[1.0, 2.5]], "tags": ["", ["a"]], "until": ["", None], "limit": ["", 5]}}]
     question = bfcl(Record("here", {"id": "simple_0", "question": ASKED, "function": [function], "ground_truth": truth}))
-    assert question.gold == [call_message("f", {"limit": 5})]  # which the schema requires
+    right = {"sizes": [1.0, 2.5], "limit": 5}  # which the schema requires
+    assert question.gold == [call_message("f", right)]
     for own, reward in (
-        ({}, 1), ({"sizes": [1.0, 2.5]}, 1), ({"sizes": []}, 1), ({"until": None}, 1), ({"until": ""}, 1),
-        ({"sizes": [1, 2.5]}, 0), ({"until": " "}, 0), ({"limit": 5.0}, 0),
+        ({}, 1), ({"tags": ["A"]}, 1), ({"tags": []}, 1), ({"until": None}, 1), ({"until": ""}, 1),
+        ({"sizes": [1, 2.5]}, 0), ({"tags": ["b"]}, 0), ({"until": " "}, 0), ({"limit": 5.0}, 0),
     ):  # fmt: skip
-        assert question.verify([call_message("f", {"limit": 5, **own})]).reward == reward, own
+        assert question.verify([call_message("f", {**right, **own})]).reward == reward, own
 
 
 def test_irrelevance_is_not_to_call(published):
