@@ -335,6 +335,17 @@ def test_answers_find_what_the_published_harness_has_imported(answer):
     assert verdict.reward == 1, verdict.reasons
 
 
+@pytest.mark.parametrize("kind", ["stdin", "functional"])
+def test_a_right_output_may_be_long(kind):
+    numbers = list(range(100_000))
+    output = json.dumps(numbers) if kind == "functional" else "\n".join(map(str, numbers))
+    tests = json.dumps([{"input": "100000", "output": output, "testtype": kind}])
+    record = {"public_test_cases": tests, "metadata": '{"func_name": "up"}', "question_content": "q", "question_id": "1"}
+    program = "def up(n):\n    return list(range(n))\n" + ("print(*up(int(input())), sep='\\n')\n" if kind == "stdin" else "")
+    verdict = live_code_bench(Record("here", record)).verify(reply(f"```python\n{program}```"))
+    assert verdict.reward == 1, verdict.reasons
+
+
 def test_private_tests_are_no_way_in(tmp_path):
     import base64
     import pickle

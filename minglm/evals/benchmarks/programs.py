@@ -23,7 +23,8 @@ from minglm.evals.benchmarks.records import Record
 from minglm.tasks.sandbox import Case, Limits, default_sandbox, run_function_tests
 from minglm.tasks.task import Episode, Message, TaskError, Verdict, reply
 
-LIMITS = Limits(cpu=10.0, wall=20.0, memory=1 << 30)  # of a run; published are 3 s (HumanEval) and 6 s (LiveCodeBench)
+# Of a run. Published are 3 s (HumanEval) and 6 s (LiveCodeBench), and tests whose right output is megabytes long.
+LIMITS = Limits(cpu=10.0, wall=20.0, memory=1 << 30, output_bytes=32 << 20)
 FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 MODULES = (
     "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
@@ -113,7 +114,8 @@ def _tests(record: Record, key: str) -> list[dict[str, str]]:
 
 def live_code_bench(record: Record) -> Question:
     """A program that reads stdin, or a method of `Solution`, or a function of its name; all public and private tests count.
-    Stricter than published: a program that exits with an error is wrong whatever it wrote."""
+    Stricter than published: a program that exits with an error is wrong whatever it wrote, and there is no numpy to import,
+    which the question says."""
     tests = _tests(record, "public_test_cases") + _tests(record, "private_test_cases")
     if not tests:
         raise record.fail("public_test_cases", [], "a test at least, there or in private_test_cases")
@@ -131,7 +133,8 @@ def live_code_bench(record: Record) -> Question:
 
     form = f"Write the method in this class:\n\n```python\n{starter}\n```" if functional else "Read stdin and write stdout."
     content = record.take("question_content", str)
-    text = f"{content}\n\n{form}\n\nAnswer with the whole Python program in one block of code."
+    text = f"{content}\n\n{form} Python's standard library is there, nothing else.\n\n"
+    text += "Answer with the whole Python program in one block of code."
     gold = record.values.get("solution")  # not published; hand-written records have one
     gold = reply(f"```python\n{gold}\n```") if gold else ()
     id = record.take("question_id", str)
@@ -202,7 +205,8 @@ class Steps(Episode):
 
 
 def scicode(record: Record) -> Question:
-    """A problem of several sub-steps, each a function that later ones call; reward: the share of sub-steps that pass."""
+    """A problem of several sub-steps, each a function that later ones call; reward: the share of sub-steps that pass. Unlike
+    published, the three steps whose code its harness gives (13.6, 62.1, 76.3) are asked, too."""
     dependencies = record.values.get("required_dependencies") or ""
     steps = [Record(f"{record.place}, step {n}", step) for n, step in enumerate(record.take_json("sub_steps", list), 1)]
     if not steps or not all(isinstance(step.values, dict) for step in steps):
