@@ -331,7 +331,8 @@ def test_a_method_may_give_any_value_that_python_calls_equal():
 def test_answers_find_what_the_published_harness_has_imported(answer):
     tests = json.dumps([{"input": str(n), "output": str(n), "testtype": "functional"} for n in (1, 2)])
     record = {"public_test_cases": tests, "metadata": '{"func_name": "same"}', "question_content": "q", "question_id": "1"}
-    verdict = live_code_bench(Record("here", record)).verify(reply(f"```python\n{answer}\n```"))
+    shown = f"```python\n{answer}\n```\nSo:\n```\n>>> same(1)\n1\n```"
+    verdict = live_code_bench(Record("here", record)).verify(reply(shown))
     assert verdict.reward == 1, verdict.reasons
 
 

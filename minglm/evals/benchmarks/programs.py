@@ -128,13 +128,13 @@ def live_code_bench(record: Record) -> Question:
     cases = _cases(record, tests) if functional else []
 
     def why_wrong(content: str) -> str | None:
-        code = code_of(content)
+        code = code_of(content, f"def {name}" if functional else "")
         return _function_fails(code, name, cases) if functional else _program_fails(code, tests)
 
     form = f"Write the method in this class:\n\n```python\n{starter}\n```" if functional else "Read stdin and write stdout."
     content = record.take("question_content", str)
-    text = f"{content}\n\n{form} Python's standard library is there, nothing else.\n\n"
-    text += "Answer with the whole Python program in one block of code."
+    there = "Python's standard library is there, nothing else."
+    text = f"{content}\n\n{form}\n\n{there} Answer with the whole program in one block of code."
     gold = record.values.get("solution")  # not published; hand-written records have one
     gold = reply(f"```python\n{gold}\n```") if gold else ()
     id = record.take("question_id", str)
