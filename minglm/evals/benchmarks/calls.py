@@ -205,7 +205,8 @@ def _has_type(value: Any, schema: Mapping[str, Any], options: Sequence[Any]) -> 
     if kind is not list or not isinstance(schema.get("items"), dict):
         return True
     inner = _type_of(schema["items"])
-    return any(option == "" or all(type(one) in (inner, _own_type(option)) for one in value) for option in options)
+    lists = [option for option in options if isinstance(option, list)]
+    return len(lists) < len(options) or any(all(type(one) in (inner, _own_type(right)) for one in value) for right in lists)
 
 
 def _is_one_of(value: Any, schema: Mapping[str, Any], options: Sequence[Any]) -> bool:
