@@ -3,6 +3,7 @@ refused with their place."""
 
 import json
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,17 @@ def test_answers_of_a_safety_test_are_objects(tmp_path):
         load("safety_bench", tmp_path)
 
 
+def test_a_folder_may_hold_a_safety_test_in_several_languages(tmp_path):
+    rows = [{"id": 2, "category": "c", "question": "q", "options": ["a", "b"]}]
+    for language, right in (("en", 1), ("zh", 0), ("zh_subset", 0)):
+        (tmp_path / f"test_{language}.json").write_text(json.dumps(rows))
+        (tmp_path / f"test_answers_{language}.json").write_text(json.dumps({"2": {"category": "c", "answer": right}}))
+    (tmp_path / "dev_zh.json").write_text(json.dumps({"c": [{"question": "q", "options": ["a", "b"], "answer": 0}]}))
+    found = {question.id: question for question in load("safety_bench", tmp_path)}
+    assert list(found) == ["dev_zh 0", "test_en 2", "test_zh 2", "test_zh_subset 2"]
+    assert found["test_zh 2"].verify(reply("Answer：A")).reward == 1 and found["test_en 2"].verify(reply("[A]")).reward == 0
+
+
 def test_ids_are_unique_names_known_and_files_there(tmp_path):
     (tmp_path / "a.jsonl").write_text(2 * (json.dumps(AIME[0]) + "\n"))
     with pytest.raises(RecordError, match=r"a.jsonl:2: id '60' is also that of .*a.jsonl:1"):
@@ -201,10 +213,16 @@ SAME = [
     (r"\$18.90", "18.9"), (r"90^\circ", "90"), (r"1\frac12", "3/2"), (r"(-\infty, 0)\cup(0,1)", r"(-\infty,0) \cup (0, 1)"),
     (r"x \in [-2,7]", "[-2,7]"), (r"\{1,2\}", r"\{2,1\}"), (r"10\%", "10"), ("x^2 + 4x + 4", "(x+2)^2"), ("6-5i", "-5i+6"),
     (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\text{Evelyn}", "evelyn"), ("5!", "120"),
-    (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
+    (r"\begin{pmatrix} -1/3 & 2 \\ 0.5 & 1 \end{pmatrix}", r"\begin{bmatrix}-\frac{1}{3}&2\\\frac12&1\\ \end{bmatrix}"),
+    (r"3 \pm 2 \sqrt{2}", r"3 + 2\sqrt{2}, 3 - 2\sqrt{2}"), (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
+    ("1,-2", r"1 \text{ and } -2"), ("1,-2", r"x=1 \text{ or } x=-2"), ("5", r"5\text{ ft/s}"), ("58,500", "58{,}500"),
+    (r"12\pi", r"12 \pi \text{ square inches}"), (r"\cot x", r"\frac{1}{\tan(x)}"), (r"2\pi\,r", r"2r\pi"), ("AB=5", "5"),
+    ("$x = 5$", "5"), (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
 ]  # fmt: skip
 DIFFERENT = [
     ("(1,2)", "(2,1)"), ("[1,2)", "[1,2]"), (r"-\infty", r"\infty"), ("p - q", "q - p"), ("5", "x"), ("even", "odd"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
+    (r"1\pm\sqrt2", r"1+\sqrt2"), ("-2,1", "(-2,1)"), (r"\text{ odd}", r"\text{ even}"), (r"x\text{odd}", r"x\text{even}"),
     (r"\frac{1}{0}", "1"), ("9^{9^{9^9}}", "3"), ("(" * 300, "3"), ("", ""), ("1,2,2", "1,1,2"), ("x<3", "x>3"), ("12", "1,2"),
 ]  # fmt: skip
 
@@ -270,6 +288,7 @@ def test_no_answer_keeps_a_judge_busy(judged):
 def test_letters_are_those_of_the_choices():
     assert chosen_letter("Answer: I cannot say, but the answer is B", "ABCD") == "B"
     assert chosen_letter("Answer: I", "ABCD") is None and chosen_letter("Answer: I") == "I"
+    assert chosen_letter("So it is.\nAnswer: [B]", "ABCD") == "B" == chosen_letter("答\nAnswer：B", "ABCD")
 
 
 # ---- programs and shells
@@ -297,6 +316,35 @@ def test_a_method_may_give_any_value_that_python_calls_equal():
     question = live_code_bench(Record("here", record))
     answer = "class Solution:\n    def same(self, x: int) -> int:\n        return {}"
     assert question.verify(reply(answer.format("x"))).reward == 1 and question.verify(reply(answer.format("1"))).reward == 0
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "class Solution:\n    def same(self, x):\n        return pow(x, 1, 7)",  # the built-in, not that of math
+        "class Solution:\n    def same(self, x):\n        return [0, 1, 2][bisect.bisect_left([0, 1, 2], x)]",
+        "class Solution:\n    def same(self, x, n=20_000):\n        return self.same(x, n - 1) if n else deepcopy(x)",
+        "class Solution:\n    def same(self, x):\n        return json.loads(StringIO(str(x)).read()) + int(mean([0]))",
+        "def same(x):\n    return x",
+    ],
+)
+def test_answers_find_what_the_published_harness_has_imported(answer):
+    tests = json.dumps([{"input": str(n), "output": str(n), "testtype": "functional"} for n in (1, 2)])
+    record = {"public_test_cases": tests, "metadata": '{"func_name": "same"}', "question_content": "q", "question_id": "1"}
+    shown = f"```python\n{answer}\n```\nSo:\n```\n>>> same(1)\n1\n```"
+    verdict = live_code_bench(Record("here", record)).verify(reply(shown))
+    assert verdict.reward == 1, verdict.reasons
+
+
+@pytest.mark.parametrize("kind", ["stdin", "functional"])
+def test_a_right_output_may_be_long(kind):
+    numbers = list(range(100_000))
+    output = json.dumps(numbers) if kind == "functional" else "\n".join(map(str, numbers))
+    tests = json.dumps([{"input": "100000", "output": output, "testtype": kind}])
+    record = {"public_test_cases": tests, "metadata": '{"func_name": "up"}', "question_content": "q", "question_id": "1"}
+    program = "def up(n):\n    return list(range(n))\n" + ("print(*up(int(input())), sep='\\n')\n" if kind == "stdin" else "")
+    verdict = live_code_bench(Record("here", record)).verify(reply(f"```python\n{program}```"))
+    assert verdict.reward == 1, verdict.reasons
 
 
 def test_private_tests_are_no_way_in(tmp_path):
@@ -345,6 +393,16 @@ def test_a_patch_that_breaks_what_passed_is_wrong(published):
     assert question.verify([command_message("rm -r tests; true")]).reward == 0
 
 
+def test_an_answer_may_write_to_the_files_of_the_test_patch(published, tmp_path):
+    answer = [command_message("sed -i 's/a - b/a + b/' adder.py; echo '# mine' | tee tests/test_new.py >> tests/test_adder.py")]
+    assert questions(published, "swe_bench")["toy__adder-1"].verify(answer).reward == 1
+    new = "diff --git a/tests/test_new.py b/tests/test_new.py\nnew file mode 100644\n--- /dev/null\n+++ b/tests/test_new.py\n"
+    record = {**SWE, "test_patch": SWE["test_patch"] + new + "@@ -0,0 +1,2 @@\n+def test_nothing():\n+    pass\n"}
+    shutil.copytree(published / "swe_bench", tmp_path / "swe_bench")
+    (tmp_path / "swe_bench" / "instances.jsonl").write_text(json.dumps(record))
+    assert questions(tmp_path, "swe_bench")["toy__adder-1"].verify(answer).reward == 1
+
+
 def test_what_needs_an_image_says_which(published, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(SWE))  # without a checkout beside it
     (question,) = load("swe_bench", tmp_path / "a.jsonl")
@@ -362,6 +420,18 @@ def test_terminal_bench_wants_the_files_of_a_task(tmp_path):
     (tmp_path / "task.yaml").write_text("instruction: Do.\n")
     with pytest.raises(RecordError, match="found no solution.sh"):
         load("terminal_bench", tmp_path)
+
+
+@pytest.mark.parametrize("other", ["solution.yaml", "tests/run.sh"])
+def test_a_task_of_keys_or_of_other_tests_than_pytests_is_read_but_not_judged(tmp_path, other):
+    texts = {"task.yaml": "instruction: Do.\n", "solution.sh": "touch done\n", "tests/test_it.py": "def test_it():\n    pass\n"}
+    del texts["solution.sh" if other == "solution.yaml" else "tests/test_it.py"]
+    for path, text in {**texts, other: "- command: vim\n"}.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (question,) = load("terminal_bench", tmp_path)
+    with pytest.raises(Unscorable, match="docker with the task's Dockerfile"):
+        question.verify(reply("Done."))
 
 
 # ---- calls
@@ -389,6 +459,21 @@ def test_calls_are_right_in_any_order_with_any_of_the_values(published):
     assert simple.tools[0]["function"]["parameters"]["properties"]["base"]["type"] == "number"
 
 
+def test_values_have_the_types_of_the_published_checker():
+    kinds = {"sizes": {"type": "array", "items": {"type": "float"}}, "tags": {"type": "array", "items": {"type": "string"}},
+             "until": {"type": "string"}, "limit": {"type": "integer"}}  # fmt: skip
+    function = {"name": "f", "parameters": {"type": "dict", "properties": kinds, "required": ["sizes", "limit"]}}
+    truth = [{"f": {"sizes": [[1.0, 2.5]], "tags": ["", ["a"]], "until": ["", None], "limit": ["", 5]}}]
+    question = bfcl(Record("here", {"id": "simple_0", "question": ASKED, "function": [function], "ground_truth": truth}))
+    right = {"sizes": [1.0, 2.5], "limit": 5}  # which the schema requires
+    assert question.gold == [call_message("f", right)]
+    for own, reward in (
+        ({}, 1), ({"tags": ["A"]}, 1), ({"tags": []}, 1), ({"until": None}, 1), ({"until": ""}, 1),
+        ({"sizes": [1, 2.5]}, 0), ({"tags": ["b"]}, 0), ({"until": " "}, 0), ({"limit": 5.0}, 0),
+    ):  # fmt: skip
+        assert question.verify([call_message("f", {**right, **own})]).reward == reward, own
+
+
 def test_irrelevance_is_not_to_call(published):
     question = questions(published, "bfcl")["live_irrelevance_0-0-0"]
     assert question.verify(reply("I cannot.")).reward == 1
@@ -398,6 +483,14 @@ def test_irrelevance_is_not_to_call(published):
 def test_several_turns_need_the_benchmarks_programs(published):
     with pytest.raises(Unscorable, match="category multi_turn_base one needs the simulated programs of bfcl_eval"):
         questions(published, "bfcl")["multi_turn_base_0"].verify(reply("x"))
+
+
+def test_a_turn_that_only_brings_a_function_is_empty():
+    question = bfcl(Record("here", {"id": "multi_turn_miss_func_0", "question": [*ASKED, [], *ASKED]}))
+    with pytest.raises(Unscorable, match="category multi_turn_miss_func"):
+        question.verify(reply("x"))
+    with pytest.raises(RecordError, match="wanted a list of turns"):
+        bfcl(Record("here", {"id": "multi_turn_miss_func_0", "question": [[], *ASKED]}))
 
 
 def test_values_of_objects_may_stand_without_a_list():
@@ -482,6 +575,26 @@ def test_linear_checks_are_those_of_the_published_patterns(text):
     assert KINDS["detectable_format:number_bullet_lists"].holds(text, {"num_bullets": bullets})
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "count"),  # as nltk's tokenizers count them
+    [
+        ("change_case:capital_word_frequency", "I CAN'T GO: IT'S THE U.S. ARMY", 9),
+        ("change_case:capital_word_frequency", "I CANNOT READ AND/OR B-52 (**C**) x 1,000", 7),
+        ("length_constraints:number_sentences", "Dr. Lee came. J. K. Rowling left! (Really?) **So.** Yes", 5),
+    ],
+)
+def test_words_and_sentences_are_counted_as_published(kind, text, count):
+    limit, relation = [key for key in KINDS[kind].keys]
+    held = [KINDS[kind].holds(text, {limit: number, relation: "at least"}) for number in (count, count + 1)]
+    assert held == [True, False]
+
+
+def test_only_one_kind_of_quote_is_taken_off_the_first_word_after_the_other():
+    first = KINDS["length_constraints:nth_paragraph_first_word"].holds
+    arguments = {"num_paragraphs": 1, "nth_paragraph": 1, "first_word": "so"}
+    assert first("'\"so b", arguments) and not first("\"'so b", arguments)
+
+
 def test_every_kind_of_instruction_has_an_example():
     assert KEPT.keys() == KINDS.keys()
 
@@ -556,6 +669,9 @@ def test_a_customer_is_served(published):
     other = {"function": {"name": "cancel", "arguments": {"order_id": "#2"}}}
     wrong = question.verify([{"role": "assistant", "tool_calls": [call["tool_calls"][0], other]}, last])
     assert wrong.reasons == ("left the data in another state",)
+    assert question.verify([said, call, last, {"role": "user", "content": "And #2?"}]).reasons == ("was not over",)
+    handed = [last, call_message("transfer_to_human_agents", {}), {"role": "tool", "content": "Transfer successful"}]
+    assert question.verify([call, *handed]).reward == 1
     unknown = {"function": {"name": "refund", "arguments": {}}}
     assert question.start().step({"tool_calls": [unknown]})[0]["content"] == "Unknown action refund"
     with pytest.raises(Unscorable, match="played by a model"):

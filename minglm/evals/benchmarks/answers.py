@@ -13,13 +13,14 @@ from minglm.tasks.task import reply
 LETTERS = "ABCDEFGHIJ"
 BOXED = "\n\nReason step by step, and put the final answer into \\boxed{}."
 CHOOSE = '\n\nEnd with a line of the form "Answer: LETTER", with the letter of the one right choice.'
-LETTER = re.compile(r"answer(?: is|:)?[\s:*]*(?:\\boxed\{|\\text\{|\(|\$)*([A-J])\b", re.IGNORECASE)
+LETTER = re.compile(r"answer(?: is|:)?[\s:：*]*(?:\\boxed\{|\\text\{|[(\[$])*([A-J])\b", re.IGNORECASE)
 BARE_LETTER = re.compile(r"\(?([A-J])[).]?")
 EXACT = re.compile(r"^[^\w\n]*Exact Answer\W*:\**[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 def chosen_letter(content: str, letters: str = LETTERS) -> str | None:
-    """The last of the letters that the answer names as its choice, or that it is or has in a box; None if there is none."""
+    """The last of the letters that the answer names as its choice, or that it is or has in a box; None if there is none.
+    Stricter than published: no letter is taken from other words, or drawn, where an answer names none."""
     named = [letter for letter in LETTER.findall(content) if letter in letters]
     bare = BARE_LETTER.fullmatch((boxed(content) or content).strip())
     return named[-1] if named else bare and bare.group(1)
@@ -106,5 +107,5 @@ def safety_bench(record: Record) -> Question:
     """Two to four choices. The answers of the test split lie in a file of their own, by id, which the loader joins."""
     options = record.take_texts("options", 2)
     right = record.take("answer", int)
-    id = f"{record.take('category', str)} {record.take('id', int)}"
-    return choice_question("safety_bench", id, record, record.take("question", str), options, right)
+    text = record.take("question", str)
+    return choice_question("safety_bench", digest(text), record, text, options, right)

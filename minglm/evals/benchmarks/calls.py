@@ -2,6 +2,8 @@
 
 The judgement is by syntax (AST): names, types of the schema, and for each argument a list of values that count, in which ""
 says that it may be left out. Strings are compared without case, blanks and `,./-_*^`; parallel calls in any order.
+Unlike published: a call of an unknown function is not relevant, one with broken arguments is a call where none is wanted, 1 is
+not true, and strings deep within lists and objects are compared like all others.
 """
 
 import json
@@ -36,7 +38,8 @@ def bfcl(record: Record) -> Question:
     id = record.take("id", str)
     category = re.sub(r"_\d.*$", "", id)
     turns = record.take_json("question", list)
-    if not turns or not all(isinstance(turn, list) and turn for turn in turns):
+    # A later turn may be empty: in multi_turn_miss_func it only brings a function.
+    if not turns or not turns[0] or not all(isinstance(turn, list) for turn in turns):
         raise record.fail("question", turns, "a list of turns, each a list of messages")
     functions = record.take_json("function", list, [])
     messages = turns[0]
@@ -69,8 +72,8 @@ def bfcl(record: Record) -> Question:
         lists = isinstance(arguments, dict) and all(isinstance(values, list) for values in arguments.values())
         if name not in by_name or not lists:
             raise record.fail("ground_truth", {name: arguments}, f"one of {sorted(by_name)} with lists of values")
-    gold_calls = [(name, {key: _first(v) for key, v in own.items() if v and v[0] != ""}) for name, own in pairs]
-    gold = [{"role": "assistant", "content": "", "tool_calls": [_call(name, own) for name, own in gold_calls]}]
+    gold_calls = [_call(name, _right_arguments(by_name[name], own)) for name, own in pairs]
+    gold = [{"role": "assistant", "content": "", "tool_calls": gold_calls}]
 
     def why_wrong(calls: Sequence[tuple[str, Any]]) -> str | None:
         if len(calls) != len(pairs):
@@ -122,12 +125,15 @@ def call_message(name: str, arguments: Mapping[str, Any]) -> Message:
     return {"role": "assistant", "content": "", "tool_calls": [_call(name, arguments)]}
 
 
-def _first(values: Sequence[Any]) -> Any:
-    """The value that the first of the possible ones describes: in objects each key again has a list of them."""
-    return _plain(values[0])
+def _right_arguments(function: Mapping[str, Any], wanted: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    """The first value of each argument; one that may be left out is, unless the schema requires it."""
+    required = (function.get("parameters") or {}).get("required") or ()
+    firsts = {key: next((one for one in values if one != "" or key not in required), "") for key, values in wanted.items()}
+    return {key: _plain(first) for key, first in firsts.items() if first != ""}
 
 
 def _plain(value: Any) -> Any:
+    """The value that a possible one describes: in objects each key has a list of them."""
     if isinstance(value, dict):
         firsts = {key: _options(own)[0] for key, own in value.items() if own != []}
         return {key: _plain(first) for key, first in firsts.items() if first != ""}
@@ -174,20 +180,40 @@ def why_not_this_call(call: tuple[str, Any], function: Mapping[str, Any], wanted
     for key, value in arguments.items():
         if key not in properties or key not in wanted:
             return f"{key} is not wanted"
-        if not _has_type(value, properties[key].get("type", "any"), wanted[key]):
+        if not _has_type(value, properties[key], wanted[key]):
             return f"{key} = {value!r:.60} is of another type than {properties[key].get('type')}"
-        if not any(same(value, option) for option in wanted[key]):
+        if not _is_one_of(value, properties[key], wanted[key]):
             return f"{key} = {value!r:.60} is another value"
     missing = [key for key, options in wanted.items() if key not in arguments and "" not in options]
     return f"{missing[0]} is missing" if missing else None
 
 
-def _has_type(value: Any, kind: str, options: Sequence[Any]) -> bool:
-    """Of the schema's type (whole numbers are floats, too), or of the right values': where these name a variable."""
-    expected = PYTHON_TYPES.get(kind, str)
-    if type(value) is expected or (expected is float and type(value) is int):
+def _type_of(schema: Mapping[str, Any]) -> type:
+    return PYTHON_TYPES.get(schema.get("type", "any"), str)
+
+
+def _own_type(options: Sequence[Any]) -> type | None:
+    return next((type(option) for option in options if option != ""), None)
+
+
+def _has_type(value: Any, schema: Mapping[str, Any], options: Sequence[Any]) -> bool:
+    """Of the schema's type, or of the right values' where that is another. A whole number is a float, too, but not in a list,
+    all items of which must have the type of the schema's items, or that of the first item of a right value."""
+    kind = _type_of(schema)
+    if type(value) is not kind:
+        return type(value) is _own_type(options) or (kind is float and type(value) is int)
+    if kind is not list or not isinstance(schema.get("items"), dict):
         return True
-    return any(option != "" and type(value) is type(option) for option in options)
+    inner = _type_of(schema["items"])
+    lists = [option for option in options if isinstance(option, list)]
+    return len(lists) < len(options) or any(all(type(one) in (inner, _own_type(right)) for one in value) for right in lists)
+
+
+def _is_one_of(value: Any, schema: Mapping[str, Any], options: Sequence[Any]) -> bool:
+    """Right values of another type than the schema's are names of variables, or null: only these themselves count."""
+    if _own_type(options) not in (None, _type_of(schema)):
+        return value in options
+    return any(same(value, option) for option in options) or (value == [] and "" in options)
 
 
 def same(value: Any, option: Any) -> bool:

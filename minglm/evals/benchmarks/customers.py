@@ -2,10 +2,11 @@
 
 What is read is a folder of the benchmark's own repository, `tau_bench/envs/retail` or `airline`: tasks_test.py (read, not
 run), wiki.md, tools/ and data/*.json. The tools run in the sandbox, on a fresh copy of the data for each attempt. Right is an
-attempt that leaves the data as the task's own actions do and says all of its outputs. Stricter than published: where the
-task has actions, an attempt without a call is wrong, for in some tasks nothing is to be changed.
+attempt that comes to its end, leaves the data as the task's own actions do and says all of its outputs. Stricter than
+published: where the task has actions, an attempt without a call is wrong, for in some tasks nothing is to be changed. More
+lenient: all calls of a message are done, not its first one alone.
 
-The customer is played by a model, behind --grader-url: the task's instruction is for it alone.
+The customer is played by a model, behind --grader-url: the task's instruction is for it alone. Its first words are fixed.
 """
 
 import ast
@@ -189,6 +190,9 @@ def _question(
         reasons = []
         if actions and not calls:
             reasons.append("did nothing")
+        # The world has the last word only where the turns ran out, or the customer was handed over.
+        if response[-1].get("role") != "assistant" and ENDS not in [name for name, _ in calls]:
+            reasons.append("was not over")
         if shop.after(calls)["state"] != shop.after(actions)["state"]:
             reasons.append("left the data in another state")
         reasons += [f"did not say {output}" for output in outputs if not any(output.lower() in one for one in said)]

@@ -1,7 +1,8 @@
 """Questions whose answers a model judges, where a program cannot: HLE and BrowseComp.
 
 An answer that is the right one to the letter needs no judge, and one without the asked-for line is wrong; all between is
-asked of a model behind an endpoint, which sees question, right answer and answer.
+asked of a model behind an endpoint, which sees question, right answer and answer. Stricter than published: there the judge
+reads the whole response, and finds the answer in it.
 """
 
 import base64

@@ -1,7 +1,8 @@
 """IFEval (arXiv 2311.07911): constraints that a program can check. Strict: the answer as it stands must keep all of them.
 
-Two of the checks are near, not equal, to the published ones, which need nltk's models: sentences end at . ! or ? before a
-blank or the end, and words in capitals are runs of letters and digits with - and ' inside.
+Two of the checks are near, not equal, to the published ones, which need nltk: sentences end at . ! or ? before a blank or the
+end, but for titles and initials (where Punkt has learnt abbreviations), and `CAPITALS` parts words as nltk's rules do. Keywords
+are texts, where published they are patterns. The published "loose" accuracy is not computed.
 """
 
 import json
@@ -15,6 +16,11 @@ from minglm.tasks.task import reply
 
 RELATIONS = {"less than": lambda count, limit: count < limit, "at least": lambda count, limit: count >= limit}
 BULLETS = (r"^[^\S\n]*\*[^*].*$", r"^[^\S\n]*-.*$")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b(?:Dr|Mr|Ms|St)\.)(?<!\bMrs\.)(?<!\b[A-Z]\.)[\"')\]}*]*(?:\s+|$)")
+CAPITALS = re.compile(  # what stands between words: blanks and signs, or nothing, as in DO|N'T and CAN|NOT
+    r"""[\s;@#$%&?!*\[\](){}<>"`«»“”‘’„\u2012-\u2015]+|-{2,}|\.{2,}|[:,](?!\d)"""
+    r"""|(?<=\w)(?=(?:n't|N'T|'(?:[smdSMD]|ll|LL|re|RE|ve|VE))\b)|(?<=\bCAN)(?=NOT\b)"""
+)
 OPTIONS = ("My answer is yes.", "My answer is no.", "My answer is maybe.")
 
 
@@ -34,7 +40,7 @@ def _words(text: str) -> list[str]:
 
 
 def _sentences(text: str) -> int:
-    return len([part for part in re.split(r"(?<=[.!?])[\"')\]]*(?:\s+|$)", text) if re.search(r"\w", part)])
+    return len([part for part in SENTENCE_END.split(text) if re.search(r"\w", part)])
 
 
 def _paragraphs(text: str, arguments: Mapping[str, Any]) -> bool:
@@ -49,7 +55,7 @@ def _nth_paragraph(text: str, arguments: Mapping[str, Any]) -> bool:
     count, nth = sum(bool(part.strip()) for part in parts), arguments["nth_paragraph"]
     if count != arguments["num_paragraphs"] or nth > count or not parts[nth - 1].strip():
         return False
-    word = parts[nth - 1].split()[0].lstrip("'\"")
+    word = parts[nth - 1].split()[0].lstrip("'").lstrip('"')
     return re.split(r"[.,?!'\"]", word)[0].lower() == arguments["first_word"].lower()
 
 
@@ -120,7 +126,7 @@ def _found(pattern: str, text: str) -> int:
 
 
 def _capital_words(text: str) -> int:
-    return sum(word.isupper() for word in re.findall(r"\w+(?:[-']\w+)*", text))
+    return sum(word.isupper() for word in CAPITALS.split(text))
 
 
 KINDS: dict[str, Kind] = {

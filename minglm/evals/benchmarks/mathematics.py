@@ -4,9 +4,12 @@ Two answers are equal if they are the same text once notation is made one, or th
 (fractions, roots, powers, constants, functions, variables; intervals, tuples and sets by parts) and computed in floating
 point at fixed random values of their variables. That settles identities such as 2(x+1) and 2x+2 without symbolic algebra,
 which model text could keep busy for ever; a wrong answer that agrees at all points within 1e-9 is none that anybody writes.
+MATH's own comparison is of texts alone. What it calls equal is equal here, but for doubled backslashes; and so are values, and
+lists in another order.
 """
 
 import cmath
+import itertools
 import math
 import random
 import re
@@ -15,15 +18,21 @@ POINTS = 3  # values of the variables at which two expressions are compared
 LONGEST = 400  # characters
 MOST_PARTS = 32  # of a set or list
 MOST_CHOSEN_FROM = 1000  # of binomial coefficients: those of more are no floats
-UNITS = r"\\(?:text|mbox|mathrm|textbf)\{ *(?:[a-zA-Z]+(?: [a-zA-Z^0-9]+)*\.?) *\}"
+TEXT = r"\\(?:text|mbox|mathrm|textbf)"
+UNITS = re.compile(  # 5\text{cm}, 5\text{ cm}^2, \pi\text{ ft/s}, but not \text{east} or x\text{odd}
+    rf"(?:(?<=[\d}}]) *{TEXT}\{{[a-zA-Z]+(?: [a-zA-Z^0-9]+)*\.? *\}}|(?<=\S) *{TEXT}\{{ [^{{}}]*\}})(?:\^\d|\^\{{\d\}})?$"
+)
+BETWEEN = re.compile(rf"{TEXT}\{{ *(?:and|or) *\}}|(?<=\s)(?:and|or)(?=\s)")
 DROPPED = ("\\left", "\\right", "\\!", "\\,", "\\;", "\\:", "\\$", "$", "\\%", "%", "^\\circ", "^{\\circ}", "\\displaystyle")
 ALIKE = {"tfrac": "frac", "dfrac": "frac", "cfrac": "frac", "times": "cdot", "leq": "le", "geq": "ge", "neq": "ne"}
 CONSTANTS = {"pi": math.pi, "infty": math.inf, "e": math.e, "i": 1j}
 FUNCTIONS = {
     "sin": cmath.sin, "cos": cmath.cos, "tan": cmath.tan, "ln": cmath.log, "exp": cmath.exp, "log": cmath.log,
+    "cot": lambda z: 1 / cmath.tan(z), "sec": lambda z: 1 / cmath.cos(z), "csc": lambda z: 1 / cmath.sin(z),
     "arctan": cmath.atan, "arcsin": cmath.asin, "arccos": cmath.acos, "sinh": cmath.sinh, "cosh": cmath.cosh,
 }  # fmt: skip
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
+MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}")
 TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]|.)")
 
 
@@ -53,18 +62,19 @@ def integer(text: str) -> int | None:
 
 
 def normal(answer: str) -> str:
-    """The answer in one notation: no spacing, no units, no `x =`, one kind of fraction."""
+    """The answer in one notation: no spacing that means nothing, no units, no `x =`, one kind of fraction."""
     text = answer.strip().removesuffix(".").strip()
-    text = re.sub(rf"(?<=[\d}}]) *{UNITS}(?:\^\d|\^\{{\d\}})?$", "", text)  # 5\text{ cm}^2, but not \text{east}
+    text = BETWEEN.sub(",", text).replace("{,}", ",")
     for dropped in DROPPED:
-        text = text.replace(dropped, "")
-    text = re.sub(r"(?<!\\)\\ ", "", text)
+        text = text.replace(dropped, " ")
+    text = re.sub(r"(?<!\\)\\ ", " ", text).strip()
+    text = UNITS.sub("", text)
     text = re.sub(r"_(\d)", r"_{\1}", text)  # one digit belongs to it
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\\([a-zA-Z]+)", lambda match: "\\" + ALIKE.get(match.group(1), match.group(1)), text)
-    text = re.sub(r"^[a-zA-Z](?:\([a-zA-Z]\))?\s*(?:=|\\in)\s*(?=.)", "", text)
+    text = re.sub(r"^[a-zA-Z]{1,2}(?:\([a-zA-Z]\))?\s*(?:=|\\in)\s*(?=.)", "", text)
     text = re.sub(r"\\(frac|sqrt)\s*(\d)\s*(\d)?", lambda m: f"\\{m[1]}{{{m[2]}}}" + (f"{{{m[3]}}}" if m[3] else ""), text)
-    return re.sub(r"\s+", "", text)
+    return re.sub(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda m: f"{m[1]} " if m[1] else "", text)  # \pi r is no \pir
 
 
 def equal(found: str, wanted: str) -> bool:
@@ -74,16 +84,25 @@ def equal(found: str, wanted: str) -> bool:
         return bool(a)
     if max(len(a), len(b)) > LONGEST or not a or not b:
         return False
+    matrices = [MATRIX.fullmatch(one) for one in (a, b)]
+    if all(matrices):
+        return _same_matrix(*(match[2] for match in matrices))
     a, b = (re.sub(r"(?<=\d),(?=\d{3}(?:\D|$))", "", one) if not re.search(r"^[\[({\\]", one) else one for one in (a, b))
     left, right = _parts(a), _parts(b)
     if len(left[1]) != len(right[1]) or left[0] != right[0] or len(left[1]) > MOST_PARTS:
         return False
     if len(left[1]) > 1:
         pairs = [left[1], right[1]]
-        if left[0] in ("{}", ""):  # a set, or a list without an order
+        if not left[0]:  # a set, or a list without an order
             return _same_set(*pairs)
         return all(equal(x, y) for x, y in zip(*pairs, strict=True))
     return _same_value(a, b)
+
+
+def _same_matrix(left: str, right: str) -> bool:
+    """Whether rows between \\\\, of cells between &, are the same, cell by cell."""
+    a, b = ([row.split("&") for row in text.removesuffix("\\\\").split("\\\\")] for text in (left, right))
+    return list(map(len, a)) == list(map(len, b)) and all(map(equal, itertools.chain(*a), itertools.chain(*b)))
 
 
 def _same_set(left: list[str], right: list[str]) -> bool:
@@ -97,11 +116,12 @@ def _same_set(left: list[str], right: list[str]) -> bool:
 
 
 def _parts(text: str) -> tuple[str, list[str]]:
-    """The brackets around a list of parts, and the parts between commas outside of brackets; ("", [text]) for one value."""
+    """The brackets around a list of parts, "" for those of a set; and the parts between commas outside of brackets, where one
+    with \\pm is two. ("", [text]) for one value."""
     text = text.replace("\\{", "{").replace("\\}", "}").replace("\\cup", ",∪,")
     brackets, inner = "", text
     if len(text) > 1 and text[0] in "([{" and text[-1] in ")]}" and _closes_at_the_end(text):
-        brackets, inner = text[0] + text[-1], text[1:-1]
+        brackets, inner = "" if text[0] == "{" else text[0] + text[-1], text[1:-1]
     parts, depth, start = [], 0, 0
     for place, character in enumerate(inner):
         depth += (character in "([{") - (character in ")]}")
@@ -109,6 +129,8 @@ def _parts(text: str) -> tuple[str, list[str]]:
             parts.append(inner[start:place])
             start = place + 1
     parts.append(inner[start:])
+    if not brackets:
+        parts = [part.replace("\\pm", sign) for part in parts for sign in ("+-" if "\\pm" in part else "+")]
     return (brackets, parts) if len(parts) > 1 else ("", [text])
 
 

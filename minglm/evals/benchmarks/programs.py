@@ -23,18 +23,16 @@ from minglm.evals.benchmarks.records import Record
 from minglm.tasks.sandbox import Case, Limits, default_sandbox, run_function_tests
 from minglm.tasks.task import Episode, Message, TaskError, Verdict, reply
 
-LIMITS = Limits(cpu=10.0, wall=20.0, memory=1 << 30)
+# Of a run. Published are 3 s (HumanEval) and 6 s (LiveCodeBench), and tests whose right output is megabytes long.
+LIMITS = Limits(cpu=10.0, wall=20.0, memory=1 << 30, output_bytes=32 << 20)
 FENCE = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
-IMPORTS = """import sys, re, math, random, heapq, bisect, itertools, functools, collections, operator, string, copy, datetime
-from typing import *
-from math import *
-from collections import *
-from itertools import *
-from functools import *
-from heapq import *
-from bisect import *
-"""
-"""What LiveCodeBench's platforms have imported before an answer runs."""
+MODULES = (
+    "string", "re", "datetime", "collections", "heapq", "bisect", "copy", "math", "random", "statistics", "itertools",
+    "functools", "operator", "io", "sys", "json",
+)  # fmt: skip
+IMPORTS = "".join(f"from {name} import *\n" for name in (*MODULES, "builtins", "typing"))
+IMPORTS += f"import {', '.join(MODULES)}\nsys.setrecursionlimit(50_000)\n"
+"""What LiveCodeBench has done before an answer runs. In this order pow is the built-in one, and bisect the module."""
 
 _HARNESS = """
 import json, os
@@ -115,7 +113,9 @@ def _tests(record: Record, key: str) -> list[dict[str, str]]:
 
 
 def live_code_bench(record: Record) -> Question:
-    """A program that reads stdin, or a method of `Solution`; all public and private tests count."""
+    """A program that reads stdin, or a method of `Solution`, or a function of its name; all public and private tests count.
+    Stricter than published: a program that exits with an error is wrong whatever it wrote, and there is no numpy to import,
+    which the question says."""
     tests = _tests(record, "public_test_cases") + _tests(record, "private_test_cases")
     if not tests:
         raise record.fail("public_test_cases", [], "a test at least, there or in private_test_cases")
@@ -128,12 +128,13 @@ def live_code_bench(record: Record) -> Question:
     cases = _cases(record, tests) if functional else []
 
     def why_wrong(content: str) -> str | None:
-        code = code_of(content)
+        code = code_of(content, f"def {name}" if functional else "")
         return _function_fails(code, name, cases) if functional else _program_fails(code, tests)
 
     form = f"Write the method in this class:\n\n```python\n{starter}\n```" if functional else "Read stdin and write stdout."
     content = record.take("question_content", str)
-    text = f"{content}\n\n{form}\n\nAnswer with the whole Python program in one block of code."
+    there = "Python's standard library is there, nothing else."
+    text = f"{content}\n\n{form}\n\n{there} Answer with the whole program in one block of code."
     gold = record.values.get("solution")  # not published; hand-written records have one
     gold = reply(f"```python\n{gold}\n```") if gold else ()
     id = record.take("question_id", str)
@@ -152,7 +153,8 @@ def _cases(record: Record, tests: Sequence[dict[str, str]]) -> list[Case]:
 
 
 def _function_fails(code: str, name: str, cases: Sequence[Case]) -> str | None:
-    source = f"{IMPORTS}\n{code}\n\ndef answer_of_method(*arguments):\n    return Solution().{name}(*arguments)\n"
+    method = f"Solution().{name}" if "class Solution" in code else name
+    source = f"{IMPORTS}\n{code}\n\ndef answer_of_method(*arguments):\n    return {method}(*arguments)\n"
     for case in cases:  # as published: a run and its time for each, and what Python calls equal is right
         (result,) = run_function_tests(source, "answer_of_method", [case], limits=LIMITS, same=operator.eq)
         if not result:
@@ -203,7 +205,8 @@ class Steps(Episode):
 
 
 def scicode(record: Record) -> Question:
-    """A problem of several sub-steps, each a function that later ones call; reward: the share of sub-steps that pass."""
+    """A problem of several sub-steps, each a function that later ones call; reward: the share of sub-steps that pass. Unlike
+    published, the three steps whose code its harness gives (13.6, 62.1, 76.3) are asked, too."""
     dependencies = record.values.get("required_dependencies") or ""
     steps = [Record(f"{record.place}, step {n}", step) for n, step in enumerate(record.take_json("sub_steps", list), 1)]
     if not steps or not all(isinstance(step.values, dict) for step in steps):

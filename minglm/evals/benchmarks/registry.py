@@ -54,7 +54,8 @@ def _bfcl(path: Path, grader: Endpoint | None) -> Iterator[Question]:
 
 
 def _safety_bench(path: Path, grader: Endpoint | None) -> Iterator[Question]:
-    """test_en.json with test_answers_en.json beside it (by id), or dev_en.json, an object of lists by category."""
+    """test_en.json with test_answers_en.json beside it (by id), or dev_en.json, an object of lists by category. Each language
+    and subset counts its ids anew, so the file's name is part of ours."""
     for file in files_of(path):
         if file.name.startswith("test_answers"):
             continue
@@ -68,7 +69,8 @@ def _safety_bench(path: Path, grader: Endpoint | None) -> Iterator[Question]:
                 if not isinstance(values, dict):
                     raise RecordError(f"{place}: found {values!r:.80}; wanted a question")
                 one = Record(place, {**right.take(str(values.get("id")), dict, {}), **values})
-                yield _placed(answers.safety_bench(one), one)
+                id = one.take("id", int) if inner is None else number
+                yield replace(answers.safety_bench(one), id=f"{file.stem} {id}", place=place)
 
 
 def _terminal_bench(path: Path, grader: Endpoint | None) -> Iterator[Question]:

@@ -49,6 +49,9 @@ for command in job["commands"]:
     except subprocess.TimeoutExpired:
         output = "[killed after 60 seconds]"
 for path, text in job["files"].items():
+    if text is None:
+        subprocess.run(["rm", "-f", path], check=True)
+        continue
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
@@ -103,10 +106,11 @@ def in_box(
     files: Mapping[str, str],
     commands: Sequence[str],
     tests: Sequence[str] = (),
-    test_files: Mapping[str, str] | None = None,
+    test_files: Mapping[str, str | None] | None = None,
     patch: str = "",
 ) -> dict[str, Any]:
-    """Do commands in a fresh folder with `files`; then lay test files and a patch over it, and run all tests of some files.
+    """Do commands in a fresh folder with `files`; then lay test files (None: no such file) and a patch over it, and run all
+    tests of some files.
 
     -> output of the last command, and the names of the tests that passed, as pytest writes them; neither where it broke off.
     """
@@ -191,7 +195,8 @@ def files_below(folder: Path, left_out: Sequence[str] = ()) -> dict[str, str]:
 
 def swe_bench(record: Record) -> Question:
     """An issue of a repository. Its checkout at base_commit is looked for beside the file of records, in the folder of the
-    instance's name; right is what makes all of FAIL_TO_PASS and PASS_TO_PASS pass after the test patch."""
+    instance's name; right is what makes all of FAIL_TO_PASS and PASS_TO_PASS pass after the test patch, before which the files
+    that it touches are laid back as they were, whatever the answer did to them."""
     id, statement = record.take("instance_id", str), record.take("problem_statement", str)
     patch, test_patch = record.take("patch", str), record.take("test_patch", str)
     wanted = record.take_json("FAIL_TO_PASS", list) + record.take_json("PASS_TO_PASS", list)
@@ -202,11 +207,13 @@ def swe_bench(record: Record) -> Question:
     checkout = files_below(Path(re.sub(r":\d+$|\[\d+\]$", "", record.place)).parent / id)
     names = {test: _node(test) for test in wanted}
     paths = sorted({name.split("::")[0] for name in names.values()})
+    touched = itertools.chain(*re.findall(r"^diff --git a/(\S+) b/(\S+)$", test_patch, re.MULTILINE))
+    as_they_were = {path: checkout.get(path) for path in touched}
 
     def fails(commands: tuple[str, ...]) -> list[str]:
         if not checkout:
             return ["no checkout"]
-        passed = in_box(checkout, commands, paths, patch=test_patch)["passed"]
+        passed = in_box(checkout, commands, paths, as_they_were, test_patch)["passed"]
         return [test for test, name in names.items() if name not in passed]
 
     image = f"swebench/sweb.eval.x86_64.{id.replace('__', '_1776_')}"
@@ -237,14 +244,16 @@ def _node(test: str) -> str:
 
 
 def terminal_bench(folder: Path) -> Question:
-    """A task's folder: of the first version (task.yaml, solution.sh, tests/) or the second (task.toml, instruction.md,
-    solution/solve.sh, environment/, tests/). What is /app in the image is the working folder here."""
+    """A task's folder: of the first version (task.yaml, solution.sh or keys to press in solution.yaml, tests/) or the second
+    (task.toml, instruction.md, solution/solve.sh, environment/, tests/). What is /app in the image is the working folder here.
+    Keys are not pressed here and other tests than pytest's are not run: such tasks do not pass, and so are not judged."""
     second = (folder / "task.toml").is_file()
     instruction = _instruction(folder, second)
-    solution = folder / ("solution/solve.sh" if second else "solution.sh")
+    solutions = [folder / name for name in (("solution/solve.sh",) if second else ("solution.sh", "solution.yaml"))]
+    solution = next((file for file in solutions if file.is_file()), None)
     tests = {f"tests/{path}": text for path, text in files_below(folder / "tests").items()}
-    if not solution.is_file() or not any(path.endswith(".py") for path in tests):
-        raise RecordError(f"{folder}: found no {solution.name} or no test in tests/; wanted a task of Terminal-Bench")
+    if not solution or not tests:
+        raise RecordError(f"{folder}: found no {solutions[0].name} or no file in tests/; wanted a task of Terminal-Bench")
     if second:
         files = files_below(folder / "environment", ("Dockerfile", "docker-compose.yaml"))
     else:
@@ -258,12 +267,14 @@ def terminal_bench(folder: Path) -> Question:
         passed = in_box(files, [one.replace("/app", HOME) for one in commands], paths, here)["passed"]
         return [] if len(passed) >= count > 0 else [f"{count - len(passed)} of {count} tests"]
 
-    script = solution.read_text(encoding="utf-8")
+    script = solution.read_text(encoding="utf-8") if solution.suffix == ".sh" else ""
     needs = (
         f"{folder}: the task does not pass with its own solution in the sandbox; needed is docker with the task's Dockerfile, "
         "where Terminal-Bench's harness can ask the endpoint itself"
     )
-    gold = [command_message(script), {"role": "tool", "content": ""}, {"role": "assistant", "content": "Done."}]
+    gold = (
+        [command_message(script), {"role": "tool", "content": ""}, {"role": "assistant", "content": "Done."}] if script else []
+    )
     judge = _judge(fails, script, needs)
     messages = asked(instruction.replace("/app", HOME))
     return Question(
