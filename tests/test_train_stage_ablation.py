@@ -95,6 +95,15 @@ def test_arms_start_from_the_recipes_own_checkpoints_and_a_second_call_trains_an
     assert ablate_stages(*arguments) == text_of_report and len(judge.judged()) == 4
 
 
+def test_the_recipe_is_trained_as_far_as_it_is_judged(text, tmp_path):
+    recipe, judge = staged(text), Norm(tmp_path / "judged")
+    ablate_stages(recipe, [1], tmp_path / "out", judge, "the norm", ["control"], ["code"])
+    plan, run = recipe.plan(), RunFolder(tmp_path / "out" / "recipe" / "seed-1")
+    assert read_metrics(run.metrics)[-1]["step"] == plan.named("code").last_step < plan.steps
+    with pytest.raises(ConfigError, match="no arm control at general; wanted a later stage"):
+        ablate_stages(recipe, [1], tmp_path / "out", judge, "the norm", ["control"], ["general"])
+
+
 def test_a_report_pairs_the_seeds_and_marks_what_is_no_chance():
     pairs = [({"a": 1.0 + seed, "b": 1.0}, {"a": 0.5 + seed, "b": 1.0 + (-1) ** seed}) for seed in range(3)]
     lines = report({"code, control": pairs}).splitlines()

@@ -2,9 +2,10 @@
 
     python -m minglm ablate nano --stages --seeds 1 2 3
 
-For each seed the recipe is trained once. An arm is a run that starts at one of its borders, from the very checkpoint, and
-does one thing otherwise; both are judged on the same held-out documents and problems, so that a difference between the two
-is that of the one thing, and of chance. The interval over seeds says how much of it is chance.
+For each seed the recipe is trained once, to the end of the last stage that is judged. An arm is a run that starts at one of
+its borders, from the very checkpoint, and does one thing otherwise; both are judged on the same held-out documents and
+problems, so that a difference between the two is that of the one thing, and of chance. The interval over seeds says how much of
+it is chance.
 
     control       the stage before goes on: its mixture, packing, sequence length and RoPE base, for the stage's tokens
     rope          the RoPE base stays as it was, from where the recipe changes it to the recipe's end
@@ -123,6 +124,8 @@ def ablate_stages(
     data = recipe.data.folder or folder / "data"
     recipe = replace(recipe, data=replace(recipe.data, folder=data))
     grid = arms(recipe, kinds, stages)
+    if not grid:
+        raise ConfigError(f"ablate --stages: found no arm {', '.join(kinds)} at {', '.join(stages)}; wanted a later stage")
     folder.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, folder, grid)
     threads = max(1, (os.cpu_count() or 1) // workers)
@@ -138,10 +141,11 @@ def ablate_stages(
         start = place("recipe", seed) if arm.span.from_stage else None
         return Run(varied, place(arm.label, seed), replace(arm.span, from_run=start), (arm.stage,))
 
-    stages_judged = tuple(dict.fromkeys(arm.stage for arm in grid))
+    stages_judged = tuple(stage.name for stage in recipe.plan().stages if stage.name in {arm.stage for arm in grid})
+    needed = Span(until_stage=stages_judged[-1])
     at_once: list[tuple[Run, list[Run]]] = []  # and what can begin behind each
     for seed in seeds:
-        own = Run(replace(recipe, seed=seed), place("recipe", seed), Span(), stages_judged)
+        own = Run(replace(recipe, seed=seed), place("recipe", seed), needed, stages_judged)
         at_once.append((own, [run_of(seed, arm) for arm in grid if arm.span.from_stage]))
     at_once += [(run_of(seed, arm), []) for arm in grid if not arm.span.from_stage for seed in seeds]
     judging = (data, judge, judged_by)
