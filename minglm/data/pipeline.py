@@ -23,7 +23,16 @@ from minglm.data.fim import fill_in_the_middle
 from minglm.data.quality import BUCKETS, labelled_passages, learn, sort_by_quality
 from minglm.data.repositories import DOMAIN as REPOSITORIES
 from minglm.data.repositories import repository_documents
-from minglm.data.sources import HELD_OUT, TRAIN, Corpus, DataError, Document, embedded_documents, split_of
+from minglm.data.sources import (
+    HELD_OUT,
+    TRAIN,
+    Corpus,
+    DataError,
+    Document,
+    embedded_documents,
+    split_of,
+    without_garbage_collector,
+)
 
 INGREDIENTS: dict[str, tuple[str, ...]] = {"prose": BUCKETS, "code": ("code",), "repositories": (REPOSITORIES,)}
 """The domains of each ingredient."""
@@ -78,7 +87,8 @@ def stage_corpus(
     options = (fim_rate, fim_characters, repository_characters, seed)
 
     def read() -> Iterator[Document]:
-        documents = _documents(ingredients, *options, progress)
+        with without_garbage_collector():  # of files, whose syntax trees stay in memory
+            documents = _documents(ingredients, *options, progress)
         if progress:
             print("\n".join(describe(documents)))
         return iter(documents)

@@ -18,7 +18,7 @@ definitions that the other file uses, and the code that uses them, whole stateme
 import ast
 import random
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,6 +30,7 @@ DOMAIN = "repositories"
 USES_A_FILE = 3  # parts of a file that are shown for each one that it imports
 NAMES_A_DOCUMENT = 4  # at most, where files do not fit whole
 FEWEST_CHARACTERS = 300  # of a document
+LEAVES = (ast.Name, ast.Constant, ast.alias)  # of a syntax tree
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def used_names(file: File, modules: Mapping[str, File]) -> dict[str, list[str]]:
     found: dict[str, dict[str, None]] = defaultdict(dict)
     local: dict[str, str] = {}  # modules by the name that they have in this file
     attributes: list[ast.Attribute] = []
-    for node in ast.walk(ast.Module([statement for statement, _ in file.statements], [])):
+    for node in _nodes(file):
         if isinstance(node, ast.Import):
             local |= {alias.asname or alias.name: alias.name for alias in node.names if alias.name in modules}
         elif isinstance(node, ast.ImportFrom):
@@ -123,6 +124,15 @@ def used_names(file: File, modules: Mapping[str, File]) -> dict[str, list[str]]:
             found[origin][node.attr] = None
     found.pop(file.module, None)
     return {module: list(names) for module, names in found.items()}
+
+
+def _nodes(file: File) -> Iterator[ast.AST]:
+    """All nodes of its statements, level by level, but for those that hold no others: most are names and constants."""
+    nodes = deque(statement for statement, _ in file.statements)
+    while nodes:
+        node = nodes.popleft()
+        yield node
+        nodes.extend(child for child in ast.iter_child_nodes(node) if child._fields and not isinstance(child, LEAVES))
 
 
 def _absolute(node: ast.ImportFrom, file: File) -> str:

@@ -22,7 +22,7 @@ import platform
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -276,11 +276,10 @@ def source_files(package: str | None = None) -> Iterator[tuple[str, str]]:
     """(dotted module name, text) of each source file, sorted; `package` None is the standard library."""
     root = Path(sysconfig.get_paths()["stdlib"]) if package is None else _package_folder(package)
     prefix = () if package is None else (package,)
-    for path in _files_below(root):
+    for path in _files_below(root, _LEFT_OUT_FOLDERS):
         *folders, file = path.relative_to(root).parts
         left_out = (
-            not _LEFT_OUT_FOLDERS.isdisjoint(folders)
-            or file.startswith(("test_", "conftest", "_sysconfigdata"))  # the last holds this machine's build paths
+            file.startswith(("test_", "conftest", "_sysconfigdata"))  # the last holds this machine's build paths
             or any(folder.startswith("config-") for folder in folders)
         )
         if path.suffix != ".py" or left_out:
@@ -298,10 +297,11 @@ def _package_folder(package: str) -> Path:
     return Path(importlib.util.find_spec(package).submodule_search_locations[0])  # found without importing it
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """All files of a folder, sorted, hidden ones left out: the file system's own order differs between machines."""
+def _files_below(folder: Path, left_out: Container[str] = ()) -> Iterator[Path]:
+    """All files of a folder, sorted, hidden ones and those in folders named in `left_out` left out: the file system's own
+    order differs between machines."""
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in left_out)
         for name in sorted(files):
             if not name.startswith("."):
                 yield Path(parent, name)
