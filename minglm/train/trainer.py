@@ -39,7 +39,7 @@ from minglm.train.stop import StopRequest
 
 # Metrics stay on the device until so many seconds have passed, so that no step makes the host wait for the device.
 READ_EVERY_SECONDS = 1.0
-DRAW_EVERY_SECONDS = 60.0  # plots, after a checkpoint; drawing takes a second
+DRAW_EVERY_SECONDS = 180.0  # plots, after a checkpoint; drawing takes three seconds
 
 
 class TrainingDiverged(RuntimeError):
