@@ -211,6 +211,15 @@ def test_a_run_that_goes_on_exactly_from_a_border_ends_as_the_undisturbed_one(te
     assert_same(folder, undisturbed)
 
 
+def test_zero_is_the_ends_of_stages_alone(text, tmp_path):
+    """And before the first step, for held-out documents: where they begin."""
+    recipe = staged(text, every=0)
+    run_small(replace(recipe, samples=replace(recipe.samples, every=0)), tmp_path)
+    records = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in records if record["kind"] == "held_out"] == [0, *BORDERS.values()]
+    assert [record["step"] for record in records if record["kind"] == "sample"] == list(BORDERS.values())
+
+
 # ---- parts of a run
 
 

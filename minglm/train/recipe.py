@@ -152,13 +152,13 @@ class Evaluation:
     """Loss and bits per byte on held-out documents: before the first step, on the way, and after the last."""
 
     every: int = 100
-    """Steps from one to the next."""
+    """Steps from one to the next; 0: at the ends of stages alone."""
     tokens: int = 100_000
     """How many held-out tokens; always the same ones."""
 
     def __post_init__(self) -> None:
-        for key in ("every", "tokens"):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "1 or more")
+        _require(self.every >= 0, "every", self.every, "0 or more")
+        _require(self.tokens > 0, "tokens", self.tokens, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class Samples:
     """Text written by the model on the way."""
 
     every: int = 500
-    """Steps from one to the next; 0 means none but the last step's."""
+    """Steps from one to the next; 0: at the ends of stages alone."""
     prompts: tuple[str, ...] = ("The ",)
     tokens: int = 64
     temperature: float = 0.8
