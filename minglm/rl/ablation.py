@@ -1,8 +1,8 @@
 """Does it help in RL? Variants of one recipe from one base, each over several seeds, by the reward on held-out problems.
 
-    python -m minglm ablate-rl runs/demo-sft                                     # all parts of the report's recipe, one by one
-    python -m minglm ablate-rl runs/demo-sft --arms curriculum --seeds 1 2 3 4 5
-    python -m minglm ablate-rl runs/demo-sft --vary passes=1,2 --vary objective.policy=clip,cispo
+    python -m minglm ablate-rl runs/sums                                         # all parts of the report's recipe, one by one
+    python -m minglm ablate-rl runs/sums --arms curriculum --seeds 1 2 3 4 5
+    python -m minglm ablate-rl runs/sums --vary passes=1,2 --vary objective.policy=clip,cispo
 
 A seed has the same held-out problems and the same draws of problems in all variants, so that variants are compared seed by
 seed. Every number comes with its 95% interval over seeds. Killed, the same command goes on.

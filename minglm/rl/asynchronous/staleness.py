@@ -1,6 +1,6 @@
 """Learning curves against staleness: one recipe under several bounds, on a virtual clock, so that a seed fixes everything.
 
-    python -m minglm.rl.asynchronous.staleness runs/demo-sft --run-folder runs/staleness
+    python -m minglm.rl.asynchronous.staleness runs/sums --run-folder runs/staleness
 
 Workers have room for all that a bound admits, so the tokens of a step are about as old as the bound allows.
 """
