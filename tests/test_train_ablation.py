@@ -2,14 +2,19 @@
 
 import json
 import math
+import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_run import small_recipe, write_text
+from small_run import in_child, small_recipe, write_text
 
 from minglm.config import ConfigError
 from minglm.train import ablation
+from minglm.train.stop import StopRequest
 
 
 def test_a_grid_has_every_combination_and_names_what_differs(tmp_path):
@@ -51,6 +56,32 @@ def test_each_variant_is_trained_with_each_seed_and_a_second_call_trains_nothing
     assert ablation.ablate(*arguments) == results
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")} == before
     assert ablation.report(results).count("\n| ") == 2
+
+
+def run_until_stopped(recipe, folder: str) -> None:
+    """As a run of any kind does: at SIGTERM it ends, and all is saved."""
+    with StopRequest() as stop:
+        Path(folder, "process").write_text(str(os.getpid()))
+        while stop.signal is None:
+            time.sleep(0.01)
+    Path(folder, "saved").touch()
+
+
+def test_sigterm_ends_the_runs_that_are_under_way_and_they_save(tmp_path):
+    recipe = small_recipe(write_text(tmp_path / "text.jsonl"))
+    grid = in_child(ablation.run_grid, run_until_stopped, {"as it is": recipe}, [1, 2], tmp_path / "out", 2)
+    folders = [tmp_path / "out" / "as+it+is" / f"seed-{seed}" for seed in (1, 2)]
+    deadline = time.monotonic() + 120
+    while not all((folder / "process").is_file() for folder in folders):
+        assert grid.is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+    grid.terminate()
+    grid.join(60)
+    assert grid.exitcode not in (0, None)
+    for folder in folders:
+        assert (folder / "saved").is_file()
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((folder / "process").read_text()), 0)
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.floats(-1e3, 1e3))

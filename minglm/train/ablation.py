@@ -13,6 +13,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import statistics
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -112,16 +113,21 @@ def run_grid(
     """Have `run(recipe, run_folder)` do each recipe of the grid with each seed, `workers` at a time on equal shares of the
     cores. -> the metrics of the runs by label. What has been done before is not done again.
 
-    run: a function at the top of a module, for other processes find it there; it goes on where it was killed.
+    run: a function at the top of a module, for other processes find it there; it goes on where it was killed. SIGTERM is as
+    Ctrl-C: it ends the runs that are under way before it ends this process.
     """
     jobs = [
         (run, with_value(varied, "seed", seed), str(_run_folder(folder, label, seed)), max(1, (os.cpu_count() or 1) // workers))
         for label, varied in grid.items()
         for seed in seeds
     ]
-    with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        for _ in tqdm(pool.imap_unordered(_run_quietly, jobs), total=len(jobs), desc="ablation", unit="run"):
-            pass
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+            for _ in tqdm(pool.imap_unordered(_run_quietly, jobs), total=len(jobs), desc="ablation", unit="run"):
+                pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return {label: [read_metrics(_run_folder(folder, label, s) / "metrics.jsonl") for s in seeds] for label in grid}
 
 
