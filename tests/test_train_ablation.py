@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from small_run import in_child, small_recipe, write_text
 
 from minglm.config import ConfigError
 from minglm.train import ablation
-from minglm.train.stop import StopRequest
+from minglm.train.stop import StopRequest, sigterm_as_interrupt
 
 
 def test_a_grid_has_every_combination_and_names_what_differs(tmp_path):
@@ -81,6 +83,19 @@ def test_sigterm_ends_the_runs_that_are_under_way_and_they_save(tmp_path):
         assert (folder / "saved").is_file()
         with pytest.raises(ProcessLookupError):
             os.kill(int((folder / "process").read_text()), 0)
+
+
+def handler_of_sigterm_inside() -> object:
+    with sigterm_as_interrupt():
+        return signal.getsignal(signal.SIGTERM)
+
+
+def test_sigterm_is_as_ctrl_c_in_the_main_thread_and_what_it_was_before_and_elsewhere():
+    before = signal.getsignal(signal.SIGTERM)
+    assert handler_of_sigterm_inside() is signal.default_int_handler
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(handler_of_sigterm_inside).result() is before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30), st.floats(-1e3, 1e3))

@@ -13,7 +13,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import statistics
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +26,7 @@ from tqdm import tqdm
 from minglm.config import ConfigError, build
 from minglm.train.metrics import read_metrics
 from minglm.train.recipe import Recipe
+from minglm.train.stop import sigterm_as_interrupt
 
 T = TypeVar("T")
 
@@ -121,13 +121,9 @@ def run_grid(
         for label, varied in grid.items()
         for seed in seeds
     ]
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-            for _ in tqdm(pool.imap_unordered(_run_quietly, jobs), total=len(jobs), desc="ablation", unit="run"):
-                pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with sigterm_as_interrupt(), multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
+        for _ in tqdm(pool.imap_unordered(_run_quietly, jobs), total=len(jobs), desc="ablation", unit="run"):
+            pass
     return {label: [read_metrics(_run_folder(folder, label, s) / "metrics.jsonl") for s in seeds] for label in grid}
 
 

@@ -1,10 +1,33 @@
 """Asking a run to stop, by Ctrl-C or a job scheduler's SIGTERM."""
 
+import contextlib
 import signal
 import threading
 import time
+from collections.abc import Iterator
 
 SAME_REQUEST_SECONDS = 2.0
+
+
+def in_main_thread() -> bool:
+    """Python takes signals there only."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Inside this context SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that other contexts clean up behind them.
+
+    In any other thread than the main one this context does nothing.
+    """
+    if not in_main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopRequest:
@@ -12,7 +35,7 @@ class StopRequest:
 
     Launchers and schedulers pass a signal on to processes that have got it already: what follows within
     `SAME_REQUEST_SECONDS`, and every further SIGTERM, is taken for the same request.
-    Python takes signals in the main thread only; in any other this context does nothing.
+    In any other thread than the main one this context does nothing.
     """
 
     def __init__(self) -> None:
@@ -21,7 +44,7 @@ class StopRequest:
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
+        if in_main_thread():
             self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
