@@ -11,9 +11,10 @@ from memorised import fresh, tokenizer_of
 from small_run import MODEL, run_small, small_recipe
 
 from minglm.__main__ import main
-from minglm.config import GLMConfig
+from minglm.config import ConfigError, GLMConfig
 from minglm.data.shards import open_dataset
 from minglm.evals import suite
+from minglm.evals.command import find_columns
 from minglm.evals.interval import Estimate, share
 from minglm.evals.measure import EvaluationError, Measure, Results, direction, scored, summed, table
 from minglm.evals.suite import PARTS, evaluate, needle_lengths_of, parts_of
@@ -157,6 +158,22 @@ def test_what_cannot_be_judged_is_refused_in_a_sentence(arguments, complaint, tm
 
 
 # ---- tables
+
+
+def test_models_of_equal_names_are_told_apart_by_the_folders_above(run, tmp_path):
+    for variant in ("token", "sequence"):
+        (tmp_path / variant).mkdir()
+        (tmp_path / variant / "seed-1").symlink_to(run)  # resolved: one run
+    copies = [Path(shutil.copytree(run, tmp_path / "copies" / variant / "seed-1")) for variant in ("token", "sequence")]
+    labels = list(find_columns(copies))
+    assert all(label.startswith(("token/seed-1: ", "sequence/seed-1: ")) for label in labels) and len(set(labels)) == len(
+        labels
+    )
+    steps = RunFolder(copies[0]).checkpoints()[-2:]
+    assert list(find_columns(steps)) == [f"seed-1: {step.name}" for step in steps]
+    assert list(find_columns([steps[0], RunFolder(copies[1]).newest_checkpoint()]))[0] == f"token/seed-1: {steps[0].name}"
+    with pytest.raises(ConfigError, match="twice; wanted different models"):
+        find_columns([tmp_path / "token" / "seed-1", tmp_path / "sequence" / "seed-1"])
 
 
 def test_a_table_has_all_rows_of_all_columns_and_bold_where_better_than_chance():

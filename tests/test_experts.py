@@ -160,7 +160,12 @@ def test_the_command_goes_on_with_the_folder_and_says_what_it_made(undisturbed, 
 
 def test_over_seeds_the_table_has_their_mean(undisturbed, base, tmp_path):
     write_results_of_seeds(small_recipe(base), tmp_path, [undisturbed, undisturbed])
-    one, both = (json.loads((where / "results.json").read_text())["table"] for where in (undisturbed, tmp_path))
+    one, both = (json.loads((where / "results.json").read_text()) for where in (undisturbed, tmp_path))
+    assert both["claims"] == {
+        text: {**found, "measured": [found["measured"][0]] * 3, "verdict": both["claims"][text]["verdict"]}
+        for text, found in one["claims"].items()
+    }
+    one, both = one["table"], both["table"]
     value = one["start"]["all"]["thinking"]["reward"][0]
     assert both["start"]["all"]["thinking"]["reward"] == [value] * 3 and both["start"]["all"]["thinking"]["seeds"] == 2
 

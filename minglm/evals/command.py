@@ -118,16 +118,17 @@ def find_columns(models: Sequence[Path]) -> dict[str, tuple[Path, Path | None]]:
 
     def add(label: str, folder: Path, run: Path | None) -> None:
         if label in found:
-            raise ConfigError(f"eval: {folder} and {found[label][0]} would both be called {label!r}; wanted other names")
+            raise ConfigError(f"eval: found {folder} twice; wanted different models")
         found[label] = (folder, run)
 
-    for path in models:
-        prefix = f"{path.resolve().name}: " if len(models) > 1 else ""
+    runs = [path.resolve().parents[1] if _is_checkpoint(path) else None for path in models]
+    names = _names([run or path.resolve() for path, run in zip(models, runs, strict=True)])
+    for path, its_run in zip(models, runs, strict=True):
+        name = names[its_run or path.resolve()]
         if (path / "config.json").is_file():
-            is_step = path.resolve().parent.name == "checkpoints"
-            run = path.resolve().parents[1] if is_step else None
-            add(f"{run.name}: {path.resolve().name}" if run else path.resolve().name, path, run)
+            add(f"{name}: {path.resolve().name}" if its_run else name, path, its_run)
             continue
+        prefix = f"{name}: " if len(models) > 1 else ""
         run = RunFolder(path)
         newest = run.newest_checkpoint()
         if newest is None:
@@ -138,6 +139,21 @@ def find_columns(models: Sequence[Path]) -> dict[str, tuple[Path, Path | None]]:
         for label, folder in stages.items():
             add(prefix + label, folder, path)
     return found
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Of a run."""
+    return (path / "config.json").is_file() and path.resolve().parent.name == "checkpoints"
+
+
+def _names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The ends of absolute paths, with as many of the folders above as tell them apart: an ablation's are all called seed-1."""
+    different = list(dict.fromkeys(paths))
+    for count in range(1, 1 + max(len(path.parts) for path in different)):
+        names = {path: "/".join(path.parts[-count:]) for path in different}
+        if len(set(names.values())) == len(different):
+            break
+    return names
 
 
 def _place(suite: str, folder: Path, run: Path | None) -> Path:

@@ -8,14 +8,14 @@ from typing import Any
 from minglm.chat import MODES
 from minglm.evals.interval import mean, share
 from minglm.evals.measure import Results
+from minglm.posttrain.experts.claims import GLM_TOOL_SUCCESS, claims_of
 from minglm.posttrain.experts.exam import RECORDS, Sat, read_attempts, rewards
 from minglm.posttrain.experts.paths import COMPARED
-from minglm.posttrain.experts.results import COLUMNS, Table, rows_of
+from minglm.posttrain.experts.results import COLUMNS, RESULTS, Table, rows_of
 from minglm.report.html import Html, charts, heading, interval, later, section, table
 from minglm.report.parts import AGENTS_EVALUATED, Story, agent_families, read_json
 from minglm.report.svg import Row, Series, intervals, lines
 
-GLM_TOOL_SUCCESS = 0.906
 NO_AGENT = "No family of this recipe is solved with tools."
 
 
@@ -62,7 +62,17 @@ def gains_section(story: Story, attempts: Attempts) -> Html:
         "Mean reward of one attempt at each held-out problem, the same problems and draws for every model, with 95% intervals. "
         "Experts are examined in their own domain alone."
     )
-    return section("gains", title, paper, text, charts(*drawn), *tables, *_rounds(story), *_ways(story))
+    return section("gains", title, paper, text, charts(*drawn), *_claims(story), *tables, *_rounds(story), *_ways(story))
+
+
+def _claims(story: Story) -> list[Html]:
+    """What the iteration was to show, when it is done."""
+    found = claims_of((read_json(story.iteration / RESULTS) or {}).get("claims", {}))
+    if not found:
+        return []
+    rows = [[one.text, one.measured.text(), f"{one.wanted} {one.bound:g}", one.verdict] for one in found]
+    caption = "shown: the whole 95% interval over problems is as wanted; likely: the number is; missed: it is not."
+    return [heading("What was to be shown"), table(["", "measured", "wanted", ""], rows, caption)]
 
 
 def _rounds(story: Story) -> list[Html]:

@@ -18,6 +18,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from scipy.special import stdtrit
@@ -29,6 +30,7 @@ from minglm.train.recipe import Recipe
 from minglm.train.stop import sigterm_as_interrupt
 
 T = TypeVar("T")
+Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -113,29 +115,69 @@ def run_grid(
     """Have `run(recipe, run_folder)` do each recipe of the grid with each seed, `workers` at a time on equal shares of the
     cores. -> the metrics of the runs by label. What has been done before is not done again.
 
-    run: a function at the top of a module, for other processes find it there; it goes on where it was killed. SIGTERM is as
-    Ctrl-C: it ends the runs that are under way before it ends this process.
+    run: a function at the top of a module; it goes on where it was killed. Ends and raises as `in_processes` does.
     """
     jobs = [
-        (run, with_value(varied, "seed", seed), str(_run_folder(folder, label, seed)), max(1, (os.cpu_count() or 1) // workers))
+        (run, with_value(varied, "seed", seed), str(_run_folder(folder, label, seed)))
         for label, varied in grid.items()
         for seed in seeds
     ]
-    with sigterm_as_interrupt(), multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1) as pool:
-        for _ in tqdm(pool.imap_unordered(_run_quietly, jobs), total=len(jobs), desc="ablation", unit="run"):
-            pass
+    in_processes(_run_quietly, jobs, workers, "ablation")
     return {label: [read_metrics(_run_folder(folder, label, s) / "metrics.jsonl") for s in seeds] for label in grid}
+
+
+def in_processes(
+    work: Callable[[Job], Any],
+    jobs: Sequence[Job],
+    workers: int,
+    about: str,
+    behind: Callable[[Job], Sequence[Job]] = lambda _: (),
+) -> None:
+    """Have `work(job)` do each job in a process of its own, `workers` at a time on equal shares of the cores; when one is done,
+    those `behind` it may begin. Raises what a job raises. SIGTERM is as Ctrl-C. Whatever ends this ends what is under way.
+
+    work: a function at the top of a module, for other processes find it there; about: what the progress bar says.
+    """
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    ended: SimpleQueue[tuple[Job, BaseException | None]] = SimpleQueue()
+    left = len(jobs) + sum(len(behind(job)) for job in jobs)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sigterm_as_interrupt())
+        bar = stack.enter_context(tqdm(total=left, desc=about, unit="run"))
+        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1))
+
+        def begin(job: Job) -> None:
+            pool.apply_async(
+                _on_threads,
+                (threads, work, job),
+                callback=lambda _: ended.put((job, None)),
+                error_callback=lambda error: ended.put((job, error)),
+            )
+
+        for job in jobs:
+            begin(job)
+        for _ in range(left):
+            job, error = ended.get()
+            if error is not None:
+                raise error
+            for following in behind(job):
+                begin(following)
+            bar.update()
+
+
+def _on_threads(threads: int, work: Callable[[Job], Any], job: Job) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    work(job)
 
 
 def _run_folder(folder: Path, label: str, seed: int) -> Path:
     return folder / label.replace("/", "-").replace(" ", "+") / f"seed-{seed}"
 
 
-def _run_quietly(job: tuple[Callable[[Any, str], Any], Any, str, int]) -> None:
-    import torch
-
-    run, recipe, run_folder, threads = job
-    torch.set_num_threads(threads)
+def _run_quietly(job: tuple[Callable[[Any, str], Any], Any, str]) -> None:
+    run, recipe, run_folder = job
     Path(run_folder).mkdir(parents=True, exist_ok=True)
     with open(Path(run_folder) / "log.txt", "a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

@@ -13,19 +13,15 @@ it is chance.
 """
 
 import contextlib
+import functools
 import json
-import multiprocessing
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from minglm.config import ConfigError
-from minglm.train.ablation import half_width, mean_and_interval
+from minglm.train.ablation import half_width, in_processes, mean_and_interval
 from minglm.train.recipe import Recipe
 from minglm.train.run_folder import RunFolder
 from minglm.train.span import Span
@@ -128,7 +124,6 @@ def ablate_stages(
         raise ConfigError(f"ablate --stages: found no arm {', '.join(kinds)} at {', '.join(stages)}; wanted a later stage")
     folder.mkdir(parents=True, exist_ok=True)
     _prepare(recipe, folder, grid)
-    threads = max(1, (os.cpu_count() or 1) // workers)
 
     def place(label: str, seed: int) -> Path:
         return folder / label.replace(", ", "+").replace(" ", "-") / f"seed-{seed}"
@@ -143,30 +138,18 @@ def ablate_stages(
 
     stages_judged = tuple(stage.name for stage in recipe.plan().stages if stage.name in {arm.stage for arm in grid})
     needed = Span(until_stage=stages_judged[-1])
-    at_once: list[tuple[Run, list[Run]]] = []  # and what can begin behind each
-    for seed in seeds:
-        own = Run(replace(recipe, seed=seed), place("recipe", seed), needed, stages_judged)
-        at_once.append((own, [run_of(seed, arm) for arm in grid if arm.span.from_stage]))
-    at_once += [(run_of(seed, arm), []) for arm in grid if not arm.span.from_stage for seed in seeds]
-    judging = (data, judge, judged_by)
-    with (
-        contextlib.ExitStack() as stack,
-        tqdm(total=len(seeds) * (1 + len(grid)), desc="training and judging", unit="run") as bar,
-    ):
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1)
-        stack.callback(pool.shutdown, cancel_futures=True)  # a run that fails ends the others that have not begun
-        waiting = {pool.submit(_train_and_judge, run, threads, *judging): behind for run, behind in at_once}
-        while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                behind = waiting.pop(future)
-                future.result()
-                bar.update()
-                waiting |= {pool.submit(_train_and_judge, run, threads, *judging): [] for run in behind}
+    own = [Run(replace(recipe, seed=seed), place("recipe", seed), needed, stages_judged) for seed in seeds]
+    others = [run_of(seed, arm) for arm in grid if not arm.span.from_stage for seed in seeds]
+    behind = {
+        run.folder: [run_of(seed, arm) for arm in grid if arm.span.from_stage] for run, seed in zip(own, seeds, strict=True)
+    }
+    work = functools.partial(_train_and_judge, data=data, judge=judge, judged_by=judged_by)
+    in_processes(work, [*own, *others], workers, "training and judging", lambda run: behind.get(run.folder, []))
 
     pairs = {}
     for arm in grid:
         both = [(place("recipe", seed), place(arm.label, seed)) for seed in seeds]
-        pairs[arm.label] = [tuple(_judged(run, arm.stage, *judging) for run in pair) for pair in both]
+        pairs[arm.label] = [tuple(_judged(run, arm.stage, data, judge, judged_by) for run in pair) for pair in both]
     text = report(pairs)
     (folder / "stages.json").write_text(json.dumps({"judged by": judged_by, "arms": pairs}, indent=1) + "\n")
     (folder / "stages.md").write_text(text + "\n", encoding="utf-8")
@@ -184,12 +167,9 @@ def _prepare(recipe: Recipe, folder: Path, grid: Sequence[Arm]) -> None:
         prepare_data(replace(recipe, tokenizer=tokenizer, data=other), folder)
 
 
-def _train_and_judge(run: Run, threads: int, data: Path, judge: Judge, judged_by: str) -> None:
-    import torch
-
+def _train_and_judge(run: Run, data: Path, judge: Judge, judged_by: str) -> None:
     from minglm.train.trainer import train
 
-    torch.set_num_threads(threads)
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "log.txt").open("a", encoding="utf-8") as log:
         with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

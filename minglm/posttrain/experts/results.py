@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from minglm.chat import MODES
 from minglm.evals.interval import Estimate, mean
 from minglm.files import write_text_atomically
+from minglm.posttrain.experts.claims import Claim, claims, claims_of, claims_table, over_seeds
 from minglm.posttrain.experts.exam import Sat, score, summary
 from minglm.posttrain.experts.harvest import counts_table, read_counts
 from minglm.posttrain.experts.recipe import ExpertsRecipe
@@ -35,16 +36,18 @@ def write_results(recipe: ExpertsRecipe, folder: Path, sat: Mapping[str, Sequenc
     columns |= {"unified": sat[f"unified-{kept}"], "unified_rl": sat[f"unified-{kept}-rl"]}
     table = {column: rows_of(own, recipe.domain_of) for column, own in columns.items()}
     answers = {one.number: {domain: read_counts(path) for domain, path in one.answers.items()} for one in made.rounds}
+    shown = claims(recipe, sat, kept)
     results = {
         "seed": recipe.seed,
         "kept_round": kept,
         "scores": {name: score(own, recipe.domain_of) for name, own in sat.items()},
+        "claims": _numbers(shown),
         "table": table,
         "gates": [one.gate for one in made.rounds],
         "answers": answers,
         "checkpoints": {"base": str(recipe.base), "start": str(made.start), "unified_rl": str(made.kept.rl)},
     }
-    parts = ["# Expert iteration", _introduction(recipe.exam.problems), *_sections(table, recipe)]
+    parts = ["# Expert iteration", _introduction(recipe.exam.problems), *_shown(shown), *_sections(table, recipe)]
     rounds = (f"- round {one.number}: score {one.gate['score']:.3f}, {one.gate['reason']}" for one in made.rounds)
     parts += ["## Rounds", "\n".join(rounds)]
     for number, counts in answers.items():
@@ -55,7 +58,9 @@ def write_results(recipe: ExpertsRecipe, folder: Path, sat: Mapping[str, Sequenc
 def write_results_of_seeds(recipe: ExpertsRecipe, folder: Path, folders: Sequence[Path]) -> None:
     """The same table with means and Student's intervals over the iterations of several seeds; of what one of them lacks,
     over the others."""
-    found = [json.loads((one / RESULTS).read_text(encoding="utf-8"))["table"] for one in folders]
+    results = [json.loads((one / RESULTS).read_text(encoding="utf-8")) for one in folders]
+    shown = over_seeds([claims_of(one["claims"]) for one in results])
+    found = [one["table"] for one in results]
     table: Table = {}
     for column, rows in found[0].items():
         for row, modes in rows.items():
@@ -71,7 +76,17 @@ def write_results_of_seeds(recipe: ExpertsRecipe, folder: Path, folders: Sequenc
         f"# Expert iteration, {len(folders)} seeds",
         "Means over seeds with 95% intervals (Student's t).",
     ]
-    _write(folder, {"table": table}, "\n\n".join([*text, *_sections(table, recipe)]))
+    results_of_all = {"seeds": [one["seed"] for one in results], "claims": _numbers(shown), "table": table}
+    _write(folder, results_of_all, "\n\n".join([*text, *_shown(shown), *_sections(table, recipe)]))
+
+
+def _numbers(shown: Sequence[Claim]) -> dict[str, Any]:
+    return {one.text: one.numbers for one in shown}
+
+
+def _shown(found: Sequence[Claim]) -> list[str]:
+    said = "shown: the whole interval is as wanted; likely: the number is; missed: it is not."
+    return ["## What was to be shown", said, claims_table(found)]
 
 
 def _over(values: Sequence[float]) -> list[float | None]:
