@@ -217,6 +217,8 @@ class Experts:
     times."""
     seeds: tuple[int, ...] = ()
     """An iteration with each, in seed-N, and the table with intervals over them (by default the recipe's seed alone)."""
+    workers: int = 1
+    """Iterations at a time, on equal shares of the cores; what several print goes into their log.txt."""
     compare: bool = False
     """Also the two other ways to one model at equal compute: on-policy distillation from the experts, and RL on all rewards
     from the start."""
@@ -674,6 +676,7 @@ def run_experts(command: Experts) -> int:
     from minglm.posttrain.experts.pipeline import Stopped, experts
     from minglm.posttrain.experts.recipe import load_experts_recipe
     from minglm.posttrain.experts.results import write_results_of_seeds
+    from minglm.train.ablation import in_processes, run_quietly
 
     recipe, path = load_experts_recipe(command.recipe_file, command.set), Path(command.recipe_file)
     base = command.base or recipe.base
@@ -684,11 +687,13 @@ def run_experts(command: Experts) -> int:
     folder = command.run_folder or default
     print(f"experts: {base} by {command.recipe_file}; everything is written to {folder}\n")
     folders = {seed: folder / f"seed-{seed}" for seed in command.seeds} or {recipe.seed: folder}
-    found = []
+    iterate = compare if command.compare else experts
+    seeded = {own: replace(recipe, base=base, seed=seed) for seed, own in folders.items()}
+    if command.workers > 1:
+        jobs = [(iterate, one, str(own)) for own, one in seeded.items()]
+        in_processes(run_quietly, jobs, command.workers, "iterations")
     try:
-        for seed, own in folders.items():
-            seeded = replace(recipe, base=base, seed=seed)
-            found.append(compare(seeded, own) if command.compare else experts(seeded, own))
+        found = [iterate(one, own) for own, one in seeded.items()]  # or read what is there
     except Stopped as stopped:
         print(f"\n{stopped}\nto go on: the same command")
         return 128 + stopped.signal

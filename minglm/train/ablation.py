@@ -122,7 +122,7 @@ def run_grid(
         for label, varied in grid.items()
         for seed in seeds
     ]
-    in_processes(_run_quietly, jobs, workers, "ablation")
+    in_processes(run_quietly, jobs, workers, "ablation")
     return {label: [read_metrics(_run_folder(folder, label, s) / "metrics.jsonl") for s in seeds] for label in grid}
 
 
@@ -176,7 +176,8 @@ def _run_folder(folder: Path, label: str, seed: int) -> Path:
     return folder / label.replace("/", "-").replace(" ", "+") / f"seed-{seed}"
 
 
-def _run_quietly(job: tuple[Callable[[Any, str], Any], Any, str]) -> None:
+def run_quietly(job: tuple[Callable[[Any, str], Any], Any, str]) -> None:
+    """A job for `in_processes`: `run(recipe, run_folder)`, and what it prints goes into log.txt there."""
     run, recipe, run_folder = job
     Path(run_folder).mkdir(parents=True, exist_ok=True)
     with open(Path(run_folder) / "log.txt", "a", encoding="utf-8") as log:

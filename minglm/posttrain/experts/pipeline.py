@@ -42,11 +42,14 @@ GATE, FINISHED = "gate.json", "finished.json"
 
 
 class Stopped(RuntimeError):
-    """A signal has stopped a run on the way, which is saved. Attribute: signal."""
+    """A signal has stopped a run on the way, which is saved. Attributes: signal, folder."""
 
     def __init__(self, signal: Signals, folder: Path):
-        super().__init__(f"stopped by {signal.name} in {folder}, which is saved")
-        self.signal = signal
+        super().__init__(signal, folder)  # which other processes make it of again
+        self.signal, self.folder = signal, folder
+
+    def __str__(self) -> str:
+        return f"stopped by {self.signal.name} in {self.folder}, which is saved"
 
 
 class ExpertsError(RuntimeError):
