@@ -26,8 +26,10 @@ from minglm.train.recipe import Recipe, load_recipe
 from minglm.train.stages import require
 
 Form = Literal["quick", "default", "full"]
+DEFAULT_TRAINING = 0.8
+"""Of the lengths of the stages, so that the story takes no more than half an hour on two cores."""
 FULL = 8.0
-"""Times the lengths of the default form."""
+"""Times the lengths of nano's recipes."""
 LOG = "demo.log"
 
 
@@ -50,12 +52,15 @@ class Plan:
 
     @classmethod
     def of(cls, form: Form, folder: Path | None = None) -> "Plan":
-        """quick: recipes that only show that everything works; default: nano's; full: nano's, every length `FULL` times."""
-        name, factor = ("quick", 1.0) if form == "quick" else ("nano", FULL if form == "full" else 1.0)
+        """quick: recipes that only show that everything works; default: nano's, of training `DEFAULT_TRAINING`; full: nano's,
+        every length `FULL` times."""
+        name = "quick" if form == "quick" else "nano"
         training, experts = load_recipe(name), load_experts_recipe(name)
-        if factor != 1:
-            longer = replace(training.training, scale=factor * training.training.scale)
-            training, experts = replace(training, training=longer), scaled(experts, factor)
+        longer = {"quick": 1.0, "default": DEFAULT_TRAINING, "full": FULL}[form]
+        if longer != 1:
+            training = replace(training, training=replace(training.training, scale=longer * training.training.scale))
+        if form == "full":
+            experts = scaled(experts, FULL)
         default = {"quick": "quick", "default": "demo", "full": "full"}[form]
         return cls(form, training, experts, folder or Path("runs", default))
 

@@ -226,19 +226,25 @@ weights = st.integers(0, 7).map(lambda n: n / 4)
 
 
 @FEW
-@given(weights, weights, weights, st.integers(1, 80), st.integers(0, 3))
-def test_shares_of_modes_and_of_families_in_them_hold_after_any_number_of_samples(thinking, non_thinking, automatic, n, seed):
+@given(weights, weights, weights, st.integers(1, 80), st.integers(0, 3), st.sampled_from((1, 3)))
+def test_shares_of_modes_and_of_families_in_them_hold_after_any_number_of_samples(
+    thinking, non_thinking, automatic, n, seed, often
+):
     if not thinking + non_thinking + automatic:
         thinking = 1.0
-    recipe = Conversations(
-        n, thinking, non_thinking, automatic, families=("weekdays", "clock"), easy_families=("translation",), levels=1
-    )
+    families = {"families": ("weekdays", "clock"), "easy_families": ("translation",), "family_weights": {"clock": often}}
+    recipe = Conversations(n, thinking, non_thinking, automatic, levels=1, **families)
     dealt = list(islice(deal(recipe, TRAIN, {}, tokenizer(), 10**6, seed), n))
     total = sum(recipe.weights.values())
     for mode, weight in recipe.weights.items():
         own = [one.source for one in dealt if one.mode == mode]
         assert abs(len(own) - n * weight / total) < 1
-        wanted = {"thinking": (1 / 2, 1 / 2, 0), "non-thinking": (1 / 3,) * 3, "automatic": (1 / 4, 1 / 4, 1 / 2)}[mode]
+        two, three = 1 + often, 2 + often
+        wanted = {
+            "thinking": (1 / two, often / two, 0),
+            "non-thinking": (1 / three, often / three, 1 / three),
+            "automatic": (1 / two / 2, often / two / 2, 1 / 2),
+        }[mode]
         for name, share in zip(("weekdays", "clock", "translation"), wanted, strict=True):
             assert abs(own.count(name) - share * len(own)) < 1
 
@@ -287,6 +293,8 @@ def test_files_fill_their_share_of_each_mode_that_they_have_and_come_round_again
 @pytest.mark.parametrize(
     "changes, complaint",
     [
+        (dict(families=("weekdays",), family_weights={"clock": 2}), "family_weights = .*'clock'.*names that are in families"),
+        (dict(families=("weekdays",), family_weights={"weekdays": 0}), "family_weights.weekdays = 0: wanted above 0"),
         (dict(families=("weekdays",), easy_families=("weekdays",)), "easy_families = .*'weekdays'.*not among families"),
         (dict(), "families = .*: wanted some families or files"),
         (dict(files=("own.jsonl",)), "held_out_files = .*no families to hold problems out from"),

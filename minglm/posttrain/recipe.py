@@ -2,7 +2,7 @@
 `configs/reward/`). Nothing here needs torch."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -42,6 +42,8 @@ class Conversations:
     easy_families: tuple[str, ...] = ()
     """Not worth a thought: for non-thinking and automatic samples only. The prompts of thinking and automatic samples have the
     same text, so a family that is in both lists would ask for two different answers to it."""
+    family_weights: Mapping[str, float] = field(default_factory=dict)
+    """How often a family's turn comes among the others of a mode; 1 for those that are not named."""
     levels: int = 2
     """Difficulties of each family, from the easiest on; 0: all."""
     files: tuple[Path, ...] = ()
@@ -64,6 +66,10 @@ class Conversations:
         require(bool(self.families or self.easy_families or self.files), "families", (), "some families or files")
         both = set(self.families) & set(self.easy_families)
         require(not both, "easy_families", tuple(sorted(both)), "families that are not among families, too")
+        unknown = sorted(set(self.family_weights) - {*self.families, *self.easy_families})
+        require(not unknown, "family_weights", tuple(unknown), "names that are in families or easy_families")
+        for name, weight in self.family_weights.items():
+            require(weight > 0, f"family_weights.{name}", weight, "above 0")
         held_out = self.families or self.easy_families or self.held_out_files
         require(bool(held_out), "held_out_files", (), "some, as there are no families to hold problems out from")
 

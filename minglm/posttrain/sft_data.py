@@ -87,10 +87,11 @@ def _sources(
     sources: dict[str, tuple[float, Source]] = {}
     share = 1 - recipe.file_share if pool else 1.0
     for group in groups if share else ():
+        own = {name: recipe.family_weights.get(name, 1.0) for name in group}
         for name in group:
             thinking = mode != "non-thinking" and name in recipe.families
             made = _of_family(name, split, mode, thinking, recipe.levels, tokenizer, longest, seed)
-            sources[name] = (share / len(groups) / len(group), made)
+            sources[name] = (share / len(groups) * own[name] / sum(own.values()), made)
     if pool and (recipe.file_share or not groups):
         sources["files"] = (recipe.file_share if groups else 1.0, cycle(pool))
     if not sources:

@@ -31,10 +31,10 @@ Kind = Literal["data", "training", "sft", "rl", "answers", "exam", "eval"]
 SECONDS: Mapping[Kind, float] = {
     "data": 15.0,
     "training": 2.4e-4,
-    "sft": 2.4e-4,
-    "rl": 0.05,
-    "answers": 0.02,
-    "exam": 0.02,
+    "sft": 1.9e-4,
+    "rl": 0.02,
+    "answers": 0.01,
+    "exam": 0.01,
     "eval": 0.02,
 }
 """What a part takes for a unit of its work, at nano on two cores; what has been measured takes its place."""
@@ -104,7 +104,7 @@ class Story:
 
     def _of_evaluation(self, recipe: ExpertsRecipe) -> Iterator[Part]:
         if self.training and self.training.stages:
-            work = len(self.training.stages) * 60.0 * recipe.exam.problems
+            work = len(self.training.stages) * 160.0 * _stage_limit(recipe)
             yield Part("eval/stages", "what each stage has learnt", "eval", self.folder / STAGES_EVALUATED / TABLE, work)
         if families := agent_families(recipe):
             work = 3.0 * SAMPLES * recipe.exam.problems * len(families)
@@ -150,8 +150,7 @@ def evaluations(story: Story) -> dict[str, list[str]]:
         families = story.training.data.families
         suite = "bits,likelihood" if families else "bits"
         chosen = ["--families", *families] if families else []
-        limit = str(max(2, recipe.exam.problems // 3))
-        out = ["--limit", limit, "--out", str(folder / STAGES_EVALUATED)]
+        out = ["--limit", str(_stage_limit(recipe)), "--out", str(folder / STAGES_EVALUATED)]
         found["eval/stages"] = [str(folder), "--suite", suite, *chosen, *out]
     if recipe and (families := agent_families(recipe)) and (kept := story.kept_round()):
         levels = max(FAMILIES[family].difficulties.index(max(recipe.levels[family])) + 1 for family in families)
@@ -160,6 +159,11 @@ def evaluations(story: Story) -> dict[str, list[str]]:
         model = RunFolder(story.iteration / f"round-{kept}" / "rl").newest_checkpoint()
         found["eval/agents"] = [str(model), *asked, *drawn, "--out", str(folder / AGENTS_EVALUATED)]
     return found
+
+
+def _stage_limit(recipe: ExpertsRecipe) -> int:
+    """How much `eval` asks of each stage's model, of each kind: far dearer than an exam's questions."""
+    return max(2, recipe.exam.problems // 12)
 
 
 def agent_families(recipe: ExpertsRecipe) -> list[str]:
