@@ -36,7 +36,7 @@ class Demo:
     """The whole story on this machine, on what this Python installation holds: tokenizer, all stages of training, SFT, experts
     by RL, one model from their answers, RL on it, evaluation, and report.html, which grows while the story goes on.
 
-    Well under an hour on two CPU cores. Run again, it goes on where it was stopped.
+    Half an hour on two CPU cores. Run again, it goes on where it was stopped.
     """
 
     quick: bool = False

@@ -16,12 +16,13 @@ from test_report import check
 from minglm.__main__ import main
 from minglm.checkpoint import load_model
 from minglm.config import ConfigError
-from minglm.demo import FULL, Plan
+from minglm.demo import DEFAULT_TRAINING, FULL, Plan
 from minglm.posttrain.experts.recipe import scaled
 from minglm.report.page import write_report
 from minglm.report.parts import Story, evaluations
 from minglm.report.record import Record
 from minglm.tasks import FAMILIES
+from minglm.train.recipe import load_recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,7 +119,9 @@ def test_the_forms_are_recipes_and_one_number():
     quick, default, full = (Plan.of(form) for form in ("quick", "default", "full"))
     assert [plan.folder for plan in (quick, default, full)] == [Path("runs", name) for name in ("quick", "demo", "full")]
     assert Plan.of("quick", Path("here")).folder == Path("here")
-    assert full.training.plan().steps == pytest.approx(FULL * default.training.plan().steps, rel=0.01)
+    whole = load_recipe("nano").plan().steps
+    assert full.training.plan().steps == pytest.approx(FULL * whole, rel=0.01)
+    assert default.training.plan().steps == pytest.approx(DEFAULT_TRAINING * whole, rel=0.01)
     for domain, expert in default.experts.experts.items():
         assert full.experts.experts[domain].steps == FULL * expert.steps
     assert full.experts.harvest.problems == FULL * default.experts.harvest.problems

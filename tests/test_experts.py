@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -19,7 +20,7 @@ from minglm.config import ConfigError
 from minglm.posttrain.experts.exam import Sat, difference, questions, score
 from minglm.posttrain.experts.filters import FILTERS
 from minglm.posttrain.experts.paths import PATHS, compare, spent_by
-from minglm.posttrain.experts.pipeline import ExpertsError, Made, Round, experts, gate_of, unified_sft
+from minglm.posttrain.experts.pipeline import ExpertsError, Made, Round, Stopped, experts, gate_of, unified_sft
 from minglm.posttrain.experts.recipe import Exam, load_experts_recipe, save_experts_recipe
 from minglm.posttrain.experts.results import write_results_of_seeds
 from minglm.posttrain.lint import Sample, read_samples
@@ -156,6 +157,11 @@ def test_the_command_goes_on_with_the_folder_and_says_what_it_made(undisturbed, 
     said = capsys.readouterr().out
     assert f"round-{results_of(undisturbed)['kept_round']}/rl" in said and "| say_yes | thinking |" in said
     assert main(["experts"]) == 2 and "wanted the mid-trained model" in capsys.readouterr().err
+
+
+def test_what_says_that_an_iteration_was_stopped_comes_back_from_another_process():
+    again = pickle.loads(pickle.dumps(Stopped(signal.SIGTERM, Path("runs/one/start"))))
+    assert again.signal == signal.SIGTERM and str(again) == "stopped by SIGTERM in runs/one/start, which is saved"
 
 
 def test_over_seeds_the_table_has_their_mean(undisturbed, base, tmp_path):
