@@ -29,7 +29,7 @@ EXPERTS, STAGES_EVALUATED, AGENTS_EVALUATED, TABLE = "experts", "eval-stages", "
 SAMPLES = 4  # of an agent at each problem, for pass^k
 Kind = Literal["data", "training", "sft", "rl", "answers", "exam", "eval"]
 SECONDS: Mapping[Kind, float] = {
-    "data": 15.0,
+    "data": 45.0,
     "training": 2.4e-4,
     "sft": 1.9e-4,
     "rl": 0.02,
