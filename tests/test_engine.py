@@ -241,6 +241,7 @@ def test_the_experts_of_every_fed_token_are_reported_once(options):
         ([1] * 50, {"max_tokens": 32}, "holds 64"),
         ([1], {"stop": ("x",), "max_tokens": 5}, "tokenizer"),
         ([1], {"thinking_budget": 3, "max_tokens": 5}, "tokenizer"),
+        ([1], {"must_think": True, "max_tokens": 5}, "tokenizer"),
     ],
 )
 def test_what_can_never_run_is_refused_at_once(prompt, params, complaint):
@@ -319,6 +320,29 @@ def test_thinking_ends_when_its_budget_is_used_up(draft_tokens, budget):
             used += is_open and id not in (think, end)
             is_open = id == think or (is_open and id != end)
         assert end in answer.ids[: budget + 1 + answer.ids.count(think)]
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 2])
+def test_a_thinking_that_the_prompt_has_opened_is_not_closed_at_once(draft_tokens):
+    tokenizer, model = tokenizer_and_model()
+    names = ("<|assistant|>", "<think>", "</think>", "<|user|>")
+    assistant, think, end, user = (tokenizer.special_ids[name] for name in names)
+    opened = [assistant, think]
+    with torch.no_grad():  # a model that would close it
+        hidden, _ = model.hidden_and_experts(torch.tensor([opened]))
+        model.lm_head.weight[end] = 10 * hidden[0, -1]
+    engine = Engine(model, tokenizer, draft_tokens=draft_tokens)
+
+    def first(prompt: list[int], **more: object) -> int:
+        (answer,) = engine.generate([prompt], SamplingParams(temperature=0, max_tokens=4, ignore_stop=True, **more))
+        return answer.ids[0]
+
+    assert first(opened) == end != first(opened, must_think=True)
+    assert first(opened, must_think=True, thinking_budget=0) == end  # who allows no thinking means it
+    closed = [*opened, 0, end]
+    assert first(closed, must_think=True) == first(closed)
+    unasked = [*opened, 1, user, 2, assistant]  # an earlier turn's thinking was cut off
+    assert first(unasked, must_think=True) == first(unasked)
 
 
 def test_typed_tags_neither_open_nor_close_the_thinking():

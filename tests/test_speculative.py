@@ -156,6 +156,7 @@ def test_equal_distributions_never_reject():
         optional={
             "stop": st.sampled_from([("a",), ("ba", "cc"), ("dab",)]),
             "thinking_budget": st.integers(0, 4),
+            "must_think": st.booleans(),
             "grammar": st.sampled_from([GRAMMAR, "start: /(ab|ba|cd)*/ <think> /[ad]*/ </think> /c*/\n"]),
             "ignore_stop": st.booleans(),
         },

@@ -19,7 +19,7 @@ from minglm.engine import speculative
 from minglm.engine.blocks import BlockManager
 from minglm.engine.cache import PagedCache
 from minglm.engine.compiled import CompiledModel
-from minglm.engine.constraints import Constraint, ThinkingBudget
+from minglm.engine.constraints import Constraint, MustThink, ThinkingBudget
 from minglm.engine.grammar import GrammarCompiler
 from minglm.engine.sampling import DRAW, SamplingParams, Settings, distribution, draw, likeliest, uniforms
 from minglm.engine.scheduler import Scheduled, Scheduler
@@ -148,6 +148,7 @@ class Engine:
         needs_tokenizer = {
             "stop": params.stop,
             "thinking_budget": params.thinking_budget is not None,
+            "must_think": params.must_think,
             "grammar": params.grammar,
         }
         if self.tokenizer is None and any(needs_tokenizer.values()):
@@ -156,12 +157,14 @@ class Engine:
             )
 
     def _constraint(self, prompt_ids: list[int], params: SamplingParams) -> Constraint | None:
-        thinking = matcher = None
+        thinking = matcher = must_think = None
+        if params.must_think:
+            must_think = MustThink(prompt_ids, self.tokenizer.special_ids)
         if params.thinking_budget is not None:
             thinking = ThinkingBudget(params.thinking_budget, prompt_ids, self.tokenizer.special_ids)
         if params.grammar is not None:
             matcher = self.grammars.matcher(params.grammar)
-        return Constraint(thinking, matcher) if thinking or matcher else None
+        return Constraint(thinking, matcher, must_think) if thinking or matcher or must_think else None
 
     def cancel(self, request_id: int) -> None:
         """End a request now; the next step reports it with finish_reason "cancelled". Unknown and finished ones: nothing."""

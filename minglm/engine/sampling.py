@@ -25,7 +25,8 @@ class SamplingParams:
     own end-of-turn ids; stop: strings that do; ignore_stop: neither does. logprobs: None: none; 0: the chosen token's; n:
     also those of the n best. at_temperature: these are of the distribution that the temperature makes, and not of the model
     itself. return_experts: which experts each token went to. thinking_budget: after so many tokens of thinking the next one is
-    `</think>`. grammar: the text that `minglm.chat.tool_grammar` makes.
+    `</think>`. must_think: a thinking that the prompt has opened has a token, at least. grammar: the text that
+    `minglm.chat.tool_grammar` makes.
     """
 
     temperature: float = 1.0
@@ -40,6 +41,7 @@ class SamplingParams:
     at_temperature: bool = False
     return_experts: bool = False
     thinking_budget: int | None = None
+    must_think: bool = False
     grammar: str | None = None
     ignore_stop: bool = False
 

@@ -185,7 +185,14 @@ class EngineWriter:
         if room < FEWEST_NEW_TOKENS:
             return None
         most = min(limit, room)
-        return prompt, SamplingParams(temperature=self.temperature, max_tokens=most, stop=self.form.stops, seed=one.seed)
+        params = SamplingParams(
+            temperature=self.temperature,
+            max_tokens=most,
+            stop=self.form.stops,
+            seed=one.seed,
+            must_think=isinstance(self.form, ChatForm) and self.thinking is True,
+        )
+        return prompt, params
 
 
 @dataclass

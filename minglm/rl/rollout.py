@@ -70,7 +70,8 @@ class Trajectory:
 @dataclass(frozen=True)
 class Limits:
     """thinking: True and None leave it to the policy, False forbids it. opens_thinking: every turn begins within a thinking
-    that the prompt has opened. tokens: of one turn; turns: of one attempt; context: tokens of an attempt that the model reads
+    that the prompt has opened; must_think: which is not closed at once. That changes the probabilities of what is sampled, so
+    it is not for training. tokens: of one turn; turns: of one attempt; context: tokens of an attempt that the model reads
     (None: as many as it has positions); seconds: for the environment to answer a turn. Raises ValueError for whole numbers
     below 1, for others that are not above 0, and for a thinking that is opened and forbidden."""
 
@@ -82,6 +83,7 @@ class Limits:
     context: int | None = None
     seconds: float = 300.0
     opens_thinking: bool = False
+    must_think: bool = False
 
     def __post_init__(self) -> None:
         if self.opens_thinking and self.thinking is False:
@@ -237,6 +239,7 @@ class Attempt:
                 logprobs=0,
                 at_temperature=True,
                 return_experts=self.rollouts.records_experts,
+                must_think=limits.must_think,
             ),
         )
 

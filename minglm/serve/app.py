@@ -197,7 +197,8 @@ class _Server:
         ids, grammar, opens_thinking = await asyncio.to_thread(self._read_conversation, wanted)
         most = wanted.max_completion_tokens or wanted.max_tokens
         logprobs = wanted.top_logprobs if wanted.logprobs else None
-        params = self._params(wanted, len(ids), most, logprobs, thinking_budget=wanted.thinking_budget, grammar=grammar)
+        more = {"thinking_budget": wanted.thinking_budget, "grammar": grammar, "must_think": opens_thinking}
+        params = self._params(wanted, len(ids), most, logprobs, **more)
         choices = [ChatChoice(index, wanted, self._tokenizer, opens_thinking) for index in range(wanted.n)]
         batch = await self.worker.submit([(ids, one) for one in params])
         return self._answer(request, batch, wanted, choices, "chat.completion", [ids])

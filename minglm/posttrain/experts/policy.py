@@ -59,9 +59,10 @@ class Policy:
         self.rollouts = Rollouts(engine, self.tokenizer, self.limits, judge=judge.apply, autocast=device.autocast)
 
     def attempt(self, asked: Sequence[Asked], mode: Mode, temperature: float, about: str) -> list[Trajectory]:
-        """In order. thinking: every turn begins within a thinking; automatic: the model chooses."""
+        """In order. thinking: every turn begins within a thinking, and does think; automatic: the model chooses."""
+        thinks = mode == "thinking"
         self.rollouts.limits = replace(
-            self.limits, thinking=MODES[mode], opens_thinking=mode == "thinking", temperature=temperature
+            self.limits, thinking=MODES[mode], opens_thinking=thinks, must_think=thinks, temperature=temperature
         )
         found = []
         with ops.using(self.gear), tqdm(total=len(asked), desc=f"{about}, {mode}", unit="attempt", leave=False) as bar:
