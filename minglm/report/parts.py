@@ -35,7 +35,7 @@ SECONDS: Mapping[Kind, float] = {
     "rl": 0.02,
     "answers": 0.01,
     "exam": 0.01,
-    "eval": 0.02,
+    "eval": 0.005,
 }
 """What a part takes for a unit of its work, at nano on two cores; what has been measured takes its place."""
 
@@ -163,7 +163,7 @@ def evaluations(story: Story) -> dict[str, list[str]]:
 
 def _stage_limit(recipe: ExpertsRecipe) -> int:
     """How much `eval` asks of each stage's model, of each kind: far dearer than an exam's questions."""
-    return max(2, recipe.exam.problems // 12)
+    return max(2, recipe.exam.problems // 6)
 
 
 def agent_families(recipe: ExpertsRecipe) -> list[str]:
