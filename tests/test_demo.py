@@ -124,7 +124,8 @@ def test_the_forms_are_recipes_and_one_number():
     assert default.training.plan().steps == pytest.approx(DEFAULT_TRAINING * whole, rel=0.01)
     for domain, expert in default.experts.experts.items():
         assert full.experts.experts[domain].steps == FULL * expert.steps
-    assert full.experts.harvest.problems == FULL * default.experts.harvest.problems
+    for domain in default.experts.experts:
+        assert full.experts.harvest.count(domain) == FULL * default.experts.harvest.count(domain)
     assert set(quick.experts.experts) == set(default.experts.experts)  # every part of the story
     assert quick.training.plan().steps < 100 and quick.experts.start.training.steps < 100
 

@@ -231,10 +231,10 @@ def test_every_sample_is_dealt_and_a_mode_without_any_is_left_out(base, tmp_path
 
 
 def test_recipes_share_what_stands_once_and_come_back_as_they_were_written(tmp_path):
-    recipe = load_experts_recipe("nano", ["experts.agent.steps=7", "rl.sampling.groups=3", "seed=5"])
+    recipe = load_experts_recipe("nano", ["experts.agent.steps=7", "rl.sampling.turns=3", "seed=5"])
     assert recipe.experts["agent"].steps == 7 != recipe.experts["reasoning"].steps
     runs = [*recipe.experts.values(), recipe.unified_rl]
-    assert {one.sampling.groups for one in runs} == {3} and {one.seed for one in (*runs, recipe.start)} == {5}
+    assert {one.sampling.turns for one in runs} == {3} and {one.seed for one in (*runs, recipe.start)} == {5}
     assert set(recipe.unified_rl.tasks.levels) == set(recipe.domain_of)
     save_experts_recipe(recipe, tmp_path / "config.toml")
     assert load_experts_recipe(tmp_path / "config.toml") == recipe
@@ -243,6 +243,8 @@ def test_recipes_share_what_stands_once_and_come_back_as_they_were_written(tmp_p
         ("rounds=1,2", "found 2 values"),
         ("seed.x=1", "seed is 1"),
         ("regenerated=[['chat']]", "regenerated"),
+        ("harvest.problems_of={chat=3}", "harvest.problems_of = .*'chat'.*wanted domains of experts"),
+        ("harvest.problems_of={agent=0}", "problems_of.agent = 0: wanted 1 or more"),
     ):
         with pytest.raises(ConfigError, match=message):
             load_experts_recipe("nano", [change])

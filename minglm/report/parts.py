@@ -196,7 +196,8 @@ def _of_experts(folder: Path, recipe: ExpertsRecipe) -> Iterator[Part]:
         round, of = folder / f"round-{number}", f"round {number}: "
         for domain, expert in recipe.experts.items():
             if number == 1 or domain in recipe.regenerated:
-                attempts = 2 * recipe.harvest.problems * recipe.harvest.responses * sum(map(len, expert.tasks.levels.values()))
+                problems = recipe.harvest.count(domain) * sum(map(len, expert.tasks.levels.values()))
+                attempts = 2 * problems * recipe.harvest.responses
                 answers = round / "answers" / domain
                 yield Part(f"round-{number}/answers/{domain}", f"{of}answers, {domain}", "answers", answers, attempts)
         yield _sft(f"round-{number}/sft", f"{of}unified model", round / "sft", recipe.unified_sft)

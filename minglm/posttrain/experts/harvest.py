@@ -28,7 +28,7 @@ def harvest(model: Path, domain: str, expert: RLRecipe, recipe: Harvest, row: in
     # Every source is asked about every answer: its filter decides, not a veto.
     rewards = replace(expert.rewards, verifier=expert.rewards.verifier or 1.0, vetoes=())
     policy = Policy(model, replace(expert, rewards=rewards))
-    placed = different(expert.tasks.levels, TRAIN, draw, recipe.problems)
+    placed = different(expert.tasks.levels, TRAIN, draw, recipe.count(domain))
     answers: list[Answer] = []
     for mode in SAMPLED:
         asked = [

@@ -27,6 +27,8 @@ class Harvest:
 
     problems: int
     """Of each difficulty of each family; fewer where a family has no more different ones."""
+    problems_of: Mapping[str, int] = field(default_factory=dict)
+    """Of a domain's, where they are to be others: more where few answers are right, fewer where most are."""
     responses: int = 4
     """Attempts at each, with thinking and as many without."""
     kept: int = 2
@@ -52,12 +54,18 @@ class Harvest:
     def __post_init__(self) -> None:
         for key in ("problems", "responses", "kept", "repeated_tokens"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        for domain, count in self.problems_of.items():
+            require(count >= 1, f"problems_of.{domain}", count, "1 or more")
         require(self.repeats >= 2, "repeats", self.repeats, "2 or more")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
         for key in ("times_median", "balance"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key in ("score", "easy_share", "easy_kept", "at_once"):
             require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "0 to 1")
+
+    def count(self, domain: str) -> int:
+        """Problems of each difficulty of each of its families."""
+        return self.problems_of.get(domain, self.problems)
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,9 @@ class ExpertsRecipe:
     def __post_init__(self) -> None:
         require(bool(self.experts), "experts", {}, "a domain at least")
         require(self.rounds >= 1, "rounds", self.rounds, "1 or more")
-        unknown = sorted(set(self.regenerated) - set(self.experts))
-        require(not unknown, "regenerated", tuple(unknown), f"domains of experts: {', '.join(self.experts)}")
+        for key, named in (("regenerated", self.regenerated), ("harvest.problems_of", self.harvest.problems_of)):
+            unknown = sorted(set(named) - set(self.experts))
+            require(not unknown, key, tuple(unknown), f"domains of experts: {', '.join(self.experts)}")
         families = [family for one in self.experts.values() for family in one.tasks.levels]
         twice = sorted({family for family in families if families.count(family) > 1})
         require(not twice, "experts", twice, "each family in one domain: it says who teaches it")
@@ -174,7 +183,11 @@ def scaled(recipe: ExpertsRecipe, factor: float) -> ExpertsRecipe:
         recipe,
         start=sft(recipe.start),
         experts={domain: rl(one) for domain, one in recipe.experts.items()},
-        harvest=dataclasses.replace(recipe.harvest, problems=times(recipe.harvest.problems)),
+        harvest=dataclasses.replace(
+            recipe.harvest,
+            problems=times(recipe.harvest.problems),
+            problems_of={domain: times(count) for domain, count in recipe.harvest.problems_of.items()},
+        ),
         unified_sft=sft(recipe.unified_sft),
         unified_rl=rl(recipe.unified_rl),
         exam=dataclasses.replace(recipe.exam, problems=times(recipe.exam.problems)),
