@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Any, TextIO
 
 from minglm.chat import ChatError, Delta, StreamParser, render_tokens
 from minglm.engine.engine import Engine
@@ -142,13 +142,15 @@ class Terminal:
         self.messages.append({key: value for key, value in message.items() if value or key in ("role", "content")})
 
     def _request(self) -> tuple[list[int], SamplingParams]:
-        ids = render_tokens(self._tokenizer, self.messages, None, self.thinking, add_generation_prompt=True).ids
-        if self.thinking:
-            ids = [*ids, *self._tokenizer.encode("\n<think>", allow_special=True)]
+        thinks = self.thinking is True
+        prompt = render_tokens(
+            self._tokenizer, self.messages, None, self.thinking, add_generation_prompt=True, opens_thinking=thinks
+        )
+        ids = prompt.ids
         room = self._max_context - len(ids)
         if room < 1:
             raise ValueError(f"the conversation has {len(ids)} tokens and {self._max_context} is the limit; /reset begins anew")
-        changes = {"max_tokens": min(self._params.max_tokens, room)}
+        changes: dict[str, Any] = {"max_tokens": min(self._params.max_tokens, room), "must_think": thinks}
         if self._params.seed is not None:
             changes["seed"] = self._params.seed + self._answers
         self._answers += 1
