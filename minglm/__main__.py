@@ -42,7 +42,7 @@ class Demo:
     quick: bool = False
     """Minutes instead: only to see that everything works."""
     full: bool = False
-    """Hours instead: every length eight times as long."""
+    """Hours instead: nano's recipes, every length eight times."""
     run_folder: Path | None = None
     """Where everything is written (runs/demo, runs/quick or runs/full)."""
 

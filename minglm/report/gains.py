@@ -8,7 +8,7 @@ from typing import Any
 from minglm.chat import MODES
 from minglm.evals.interval import mean, share
 from minglm.evals.measure import Results
-from minglm.posttrain.experts.claims import GLM_TOOL_SUCCESS, claims_of
+from minglm.posttrain.experts import claims
 from minglm.posttrain.experts.exam import RECORDS, Sat, read_attempts, rewards
 from minglm.posttrain.experts.paths import COMPARED
 from minglm.posttrain.experts.results import COLUMNS, RESULTS, Table, rows_of
@@ -67,12 +67,10 @@ def gains_section(story: Story, attempts: Attempts) -> Html:
 
 def _claims(story: Story) -> list[Html]:
     """What the iteration was to show, when it is done."""
-    found = claims_of((read_json(story.iteration / RESULTS) or {}).get("claims", {}))
+    found = claims.claims_of((read_json(story.iteration / RESULTS) or {}).get("claims", {}))
     if not found:
         return []
-    rows = [[one.text, one.measured.text(), f"{one.wanted} {one.bound:g}", one.verdict] for one in found]
-    caption = "shown: the whole 95% interval over problems is as wanted; likely: the number is; missed: it is not."
-    return [heading("What was to be shown"), table(["", "measured", "wanted", ""], rows, caption)]
+    return [heading("What was to be shown"), table(claims.COLUMNS, [one.row for one in found], claims.VERDICTS)]
 
 
 def _rounds(story: Story) -> list[Html]:
@@ -172,8 +170,8 @@ def tools_section(attempts: Attempts) -> Html:
     text = (
         "Every call that a model has begun counts by itself, those that were cut off too. It succeeds if it can be read, its "
         "name and arguments fit a tool, and the tool's result is no error. GLM-4.5's own figure is "
-        f"{GLM_TOOL_SUCCESS:.1%}, on its own tasks, of a coding agent with people's requests: another world than this small "
-        "one, so the two numbers stand side by side and measure different things."
+        f"{claims.GLM_TOOL_SUCCESS:.1%}, on its own tasks, of a coding agent with people's requests: another world than this "
+        "small one, so the two numbers stand side by side and measure different things."
     )
     names = [COLUMNS[column] for column in called]
     values = [

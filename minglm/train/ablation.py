@@ -140,10 +140,9 @@ def in_processes(
     """
     threads = max(1, (os.cpu_count() or 1) // workers)
     ended: SimpleQueue[tuple[Job, BaseException | None]] = SimpleQueue()
-    left = len(jobs) + sum(len(behind(job)) for job in jobs)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sigterm_as_interrupt())
-        bar = stack.enter_context(tqdm(total=left, desc=about, unit="run"))
+        bar = stack.enter_context(tqdm(total=len(jobs) + sum(len(behind(job)) for job in jobs), desc=about, unit="run"))
         pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1))
 
         def begin(job: Job) -> None:
@@ -156,12 +155,15 @@ def in_processes(
 
         for job in jobs:
             begin(job)
-        for _ in range(left):
+        waiting = len(jobs)
+        while waiting:
             job, error = ended.get()
             if error is not None:
                 raise error
-            for following in behind(job):
-                begin(following)
+            following = behind(job)
+            for other in following:
+                begin(other)
+            waiting += len(following) - 1
             bar.update()
 
 

@@ -20,6 +20,9 @@ WITHIN = 0.03
 AUTOMATIC_WITHIN, AUTOMATIC_TOKENS = 0.02, 0.6
 """What the automatic mode may lack of the reward of always thinking, and the part of its tokens that it may take."""
 
+VERDICTS = "shown: the whole 95% interval is as wanted; likely: the number is; missed: it is not."
+COLUMNS = ("", "measured", "wanted", "")
+
 Wanted = Literal["above", "at least", "at most"]
 FITS: Mapping[Wanted, Callable[[float, float], bool]] = {
     "above": lambda value, bound: value > bound,
@@ -44,6 +47,11 @@ class Claim(NamedTuple):
             return "missed"
         ends = (one.low, one.high)
         return "shown" if all(end is not None and fits(end, self.bound) for end in ends) else "likely"
+
+    @property
+    def row(self) -> list[str]:
+        """Of a table with `COLUMNS`."""
+        return [self.text, self.measured.text(), f"{self.wanted} {self.bound:g}", self.verdict]
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -130,6 +138,5 @@ def over_seeds(found: Sequence[Sequence[Claim]]) -> list[Claim]:
 
 def claims_table(found: Sequence[Claim]) -> str:
     """Markdown."""
-    lines = ["| | measured | wanted | |", "|---|---|---|---|"]
-    lines += [f"| {one.text} | {one.measured.text()} | {one.wanted} {one.bound:g} | {one.verdict} |" for one in found]
-    return "\n".join(lines)
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(one.row for one in found)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

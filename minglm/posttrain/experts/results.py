@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from minglm.chat import MODES
 from minglm.evals.interval import Estimate, mean
 from minglm.files import write_text_atomically
-from minglm.posttrain.experts.claims import Claim, claims, claims_of, claims_table, over_seeds
+from minglm.posttrain.experts.claims import VERDICTS, Claim, claims, claims_of, claims_table, over_seeds
 from minglm.posttrain.experts.exam import Sat, score, summary
 from minglm.posttrain.experts.harvest import counts_table, read_counts
 from minglm.posttrain.experts.recipe import ExpertsRecipe
@@ -85,8 +85,7 @@ def _numbers(shown: Sequence[Claim]) -> dict[str, Any]:
 
 
 def _shown(found: Sequence[Claim]) -> list[str]:
-    said = "shown: the whole interval is as wanted; likely: the number is; missed: it is not."
-    return ["## What was to be shown", said, claims_table(found)]
+    return ["## What was to be shown", VERDICTS, claims_table(found)]
 
 
 def _over(values: Sequence[float]) -> list[float | None]:
