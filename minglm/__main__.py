@@ -676,7 +676,7 @@ def run_experts(command: Experts) -> int:
     from minglm.posttrain.experts.pipeline import Stopped, experts
     from minglm.posttrain.experts.recipe import load_experts_recipe
     from minglm.posttrain.experts.results import write_results_of_seeds
-    from minglm.train.ablation import in_processes, run_quietly
+    from minglm.train.processes import in_processes, run_quietly
 
     recipe, path = load_experts_recipe(command.recipe_file, command.set), Path(command.recipe_file)
     base = command.base or recipe.base

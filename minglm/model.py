@@ -516,9 +516,11 @@ class GLM(nn.Module):
         document_ids: Tensor | None = None,
         totals: LossTotals | None = None,
         detach_trunk: bool = False,
+        with_mtp: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `loss` is made of, for objectives that ask something else of the head, as RL does: the states after the final
-        norm (b, t, h), the MTP loss and the balance loss. Arguments and what is raised as in `loss`."""
+        norm (b, t, h), the MTP loss and the balance loss. Arguments and what is raised as in `loss`; without `with_mtp` the MTP
+        layer, a quarter to a third of a small model's work, is left out, and its loss is 0."""
         self._check(input_ids, document_ids, None, False)
         if labels.shape != input_ids.shape:
             raise ValueError(f"labels have shape {tuple(labels.shape)}: wanted input_ids' {tuple(input_ids.shape)}")
@@ -526,7 +528,7 @@ class GLM(nn.Module):
         totals = self.count_targets(labels, document_ids) if totals is None else totals
         hidden, statistics = self._run_trunk(input_ids, document_ids, None)
         mtp = torch.zeros((), device=hidden.device)
-        if self.mtp is not None and input_ids.shape[1] > 1:
+        if with_mtp and self.mtp is not None and input_ids.shape[1] > 1:
             mtp_hidden, mtp_statistics = self._run_mtp(hidden, input_ids, document_ids, detach_trunk)
             statistics.append(mtp_statistics)
             mtp_labels = self._mtp_labels(labels, document_ids)

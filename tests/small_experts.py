@@ -79,7 +79,7 @@ def write_base(folder: Path) -> Path:
             n_routed_experts=4,
             num_experts_per_tok=2,
             moe_intermediate_size=8,
-            max_position_embeddings=64,
+            max_position_embeddings=512,
         )
     )
     save_model(model, folder)

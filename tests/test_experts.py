@@ -24,6 +24,7 @@ from minglm.posttrain.experts.pipeline import ExpertsError, Made, Round, Stopped
 from minglm.posttrain.experts.recipe import Exam, load_experts_recipe, save_experts_recipe
 from minglm.posttrain.experts.results import write_results_of_seeds
 from minglm.posttrain.lint import Sample, read_samples
+from minglm.rl.recipe import Tasks
 from minglm.tasks import FAMILIES
 from minglm.train.run_folder import RunFolder
 
@@ -119,6 +120,30 @@ def run_until(recipe, folder: Path, sight: str) -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     run_experts(recipe, folder)
+
+
+def test_experts_side_by_side_are_those_one_after_the_other(base, tmp_path):
+    """With families that other processes know, too, and one thread each, as they have."""
+    small = small_recipe(base, rounds=1)
+    conversations = replace(small.start.conversations, families=("weekdays", "clock"), levels=1)
+    start = replace(small.start, conversations=conversations, training=replace(small.start.training, sequence_length=512))
+    sampling = replace(small.experts["agent"].sampling, context=512)
+    own = {
+        domain: replace(expert, tasks=Tasks({family: (1,)}), sampling=sampling)
+        for (domain, expert), family in zip(small.experts.items(), ("weekdays", "clock"), strict=True)
+    }
+    unified = replace(small.unified_rl, tasks=Tasks({"weekdays": (1,), "clock": (1,)}), sampling=sampling)
+    sft = replace(start, conversations=replace(conversations, automatic=0.5))
+    recipe = replace(small, start=start, experts=own, unified_sft=sft, unified_rl=unified)
+    folders = [tmp_path / name for name in ("one", "two")]
+    for folder, at_once in zip(folders, (1, 2), strict=True):
+        assert finished(run_experts, replace(recipe, experts_at_once=at_once), folder) == 0
+    for domain in recipe.experts:
+        checkpoints = [RunFolder(folder / "experts" / domain).newest_checkpoint() for folder in folders]
+        states = [load_model(checkpoint).state_dict() for checkpoint in checkpoints]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert (folders[1] / "experts" / "agent" / "log.txt").read_text()
+    assert results_of(folders[0]) == results_of(folders[1])
 
 
 @pytest.mark.slow

@@ -323,6 +323,15 @@ def test_detach_trunk_keeps_the_mtp_loss_out_of_the_trunk_and_changes_nothing_el
             assert leaking[name].count_nonzero() > 0 and gradient.count_nonzero() == 0, name
 
 
+def test_the_mtp_layer_can_be_left_out_and_nothing_else_changes():
+    model = small_model()
+    input_ids = random_ids(0, 2, 10)
+    whole, without = (model.hidden_and_side_losses(input_ids, next_tokens(input_ids), with_mtp=one) for one in (True, False))
+    assert whole[1] > 0 == without[1] and torch.equal(whole[0], without[0]) and without[2] < whole[2]  # one layer less
+    without[0].sum().backward()
+    assert all(p.grad is None for name, p in model.named_parameters() if name.startswith("mtp."))
+
+
 def test_a_single_token_has_no_token_after_the_next():
     model = small_model()
     one = torch.tensor([[3], [4]])

@@ -69,6 +69,19 @@ def judged(count: int):
     return found
 
 
+def test_without_a_weight_the_mtp_layer_stays_as_it_is_and_the_policy_learns_the_same(base):
+    found, start = [], load_model(base).state_dict()
+    for weight in (0.0, 0.1):
+        recipe = recipe_of(base, mtp_weight=weight, optimizer=Optimizer(learning_rate=1e-2, weight_decay=0.0, clip_norm=0.0))
+        training = recipe.as_training(GLMConfig.from_pretrained(base))
+        learner = PolicyLearner(recipe.objective, training, CONFIG, choose_device(recipe.hardware), base, None, 10**6, 1)
+        learner.policy_step(judged(6), [0, 0, 0, 1, 1, 1])
+        found.append(learner.model.state_dict())
+    changed = [{name for name in start if not torch.equal(start[name], one[name])} for one in found]
+    assert not any(name.startswith("mtp.") for name in changed[0]) and any(name.startswith("mtp.") for name in changed[1])
+    assert changed[0] and all(torch.equal(found[0][name], found[1][name]) for name in start if not name.startswith("mtp."))
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo", "reinforce++", "dapo"])
 def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(base, name):
     objective, trajectories = named(name), judged(6)

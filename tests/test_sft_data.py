@@ -249,6 +249,17 @@ def test_shares_of_modes_and_of_families_in_them_hold_after_any_number_of_sample
             assert abs(own.count(name) - share * len(own)) < 1
 
 
+def test_a_family_may_have_difficulties_of_its_own():
+    def shown(**changes: object) -> dict[str, list[list[int]]]:
+        recipe = Conversations(30, 1, 0, 0, families=("weekdays", "arithmetic"), **changes)
+        dealt = list(islice(deal(recipe, TRAIN, {}, tokenizer(), 10**6, 1), 30))
+        return {name: [one.ids.tolist() for one in dealt if one.source == name] for name in recipe.families}
+
+    easy, hard, mixed = shown(levels=1), shown(levels=3), shown(levels=1, family_levels={"arithmetic": 3})
+    assert mixed == {"weekdays": easy["weekdays"], "arithmetic": hard["arithmetic"]} != easy
+    assert easy["weekdays"] != hard["weekdays"]
+
+
 def test_in_automatic_samples_families_think_and_easy_ones_do_not():
     recipe = Conversations(20, 0, 0, 1, families=("weekdays",), easy_families=("translation",), levels=1)
     empty = [tokenizer().special_ids["<think>"], tokenizer().special_ids["</think>"]]
@@ -294,6 +305,8 @@ def test_files_fill_their_share_of_each_mode_that_they_have_and_come_round_again
     "changes, complaint",
     [
         (dict(families=("weekdays",), family_weights={"clock": 2}), "family_weights = .*'clock'.*names that are in families"),
+        (dict(families=("weekdays",), family_levels={"clock": 2}), "family_levels = .*'clock'.*names that are in families"),
+        (dict(families=("weekdays",), family_levels={"weekdays": -1}), "family_levels.weekdays = -1: wanted 0 or more"),
         (dict(families=("weekdays",), family_weights={"weekdays": 0}), "family_weights.weekdays = 0: wanted above 0"),
         (dict(families=("weekdays",), easy_families=("weekdays",)), "easy_families = .*'weekdays'.*not among families"),
         (dict(), "families = .*: wanted some families or files"),

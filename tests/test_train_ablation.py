@@ -92,7 +92,9 @@ def handler_of_sigterm_inside() -> object:
 
 def test_sigterm_is_as_ctrl_c_in_the_main_thread_and_what_it_was_before_and_elsewhere():
     before = signal.getsignal(signal.SIGTERM)
-    assert handler_of_sigterm_inside() is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt) as raised, sigterm_as_interrupt():
+        signal.raise_signal(signal.SIGTERM)
+    assert raised.value.args == (signal.SIGTERM,)
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(handler_of_sigterm_inside).result() is before
     assert signal.getsignal(signal.SIGTERM) is before

@@ -99,7 +99,7 @@ def ask(engine: Engine, recipe: Conversations) -> list[Response]:
 
 
 def _problems(recipe: Conversations) -> list[Problem]:
-    sources = [problems_of(name, HELD_OUT, 1, recipe.levels) for name in recipe.families]
+    sources = [problems_of(name, HELD_OUT, 1, recipe.levels_of(name)) for name in recipe.families]
     rounds = zip(*sources, strict=False)
     return list(islice((problem for one in rounds for problem in one), recipe.mode_prompts))
 

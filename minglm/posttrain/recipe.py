@@ -46,6 +46,8 @@ class Conversations:
     """How often a family's turn comes among the others of a mode; 1 for those that are not named."""
     levels: int = 2
     """Difficulties of each family, from the easiest on; 0: all."""
+    family_levels: Mapping[str, int] = field(default_factory=dict)
+    """Of a family, where they are to be others."""
     files: tuple[Path, ...] = ()
     """Own conversations, JSONL: {"messages": [...], "tools": [...], "thinking": true, false or null (automatic)} a line; with
     "opens_thinking": true the `<think>` of a thinking sample stands in its prompt and is not learnt. In a recipe file paths
@@ -66,12 +68,18 @@ class Conversations:
         require(bool(self.families or self.easy_families or self.files), "families", (), "some families or files")
         both = set(self.families) & set(self.easy_families)
         require(not both, "easy_families", tuple(sorted(both)), "families that are not among families, too")
-        unknown = sorted(set(self.family_weights) - {*self.families, *self.easy_families})
-        require(not unknown, "family_weights", tuple(unknown), "names that are in families or easy_families")
+        for key in ("family_weights", "family_levels"):
+            unknown = sorted(set(getattr(self, key)) - {*self.families, *self.easy_families})
+            require(not unknown, key, tuple(unknown), "names that are in families or easy_families")
         for name, weight in self.family_weights.items():
             require(weight > 0, f"family_weights.{name}", weight, "above 0")
+        for name, levels in self.family_levels.items():
+            require(levels >= 0, f"family_levels.{name}", levels, "0 or more")
         held_out = self.families or self.easy_families or self.held_out_files
         require(bool(held_out), "held_out_files", (), "some, as there are no families to hold problems out from")
+
+    def levels_of(self, family: str) -> int:
+        return self.family_levels.get(family, self.levels)
 
     @property
     def weights(self) -> dict[str, float]:

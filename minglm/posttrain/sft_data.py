@@ -90,7 +90,7 @@ def _sources(
         own = {name: recipe.family_weights.get(name, 1.0) for name in group}
         for name in group:
             thinking = mode != "non-thinking" and name in recipe.families
-            made = _of_family(name, split, mode, thinking, recipe.levels, tokenizer, longest, seed)
+            made = _of_family(name, split, mode, thinking, recipe.levels_of(name), tokenizer, longest, seed)
             sources[name] = (share / len(groups) * own[name] / sum(own.values()), made)
     if pool and (recipe.file_share or not groups):
         sources["files"] = (recipe.file_share if groups else 1.0, cycle(pool))

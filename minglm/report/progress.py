@@ -7,6 +7,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self, TextIO
 
@@ -28,7 +29,7 @@ LINE_SECONDS = 60.0  # between lines where there is no terminal
 
 
 class Progress:
-    """Within this context the story is watched. Time counts for the first part that is not done.
+    """Within this context the story is watched. Time counts for the parts that are under way, in equal shares.
 
     What goes wrong in the thread is raised when the context ends, unless something else is.
     """
@@ -82,11 +83,11 @@ class Progress:
             self.error = error
 
     def _look(self, last: bool = False) -> None:
-        """Give the time since the last look to the part that is under way, and show, save and write what is due."""
+        """Give the time since the last look to the parts that are under way, and show, save and write what is due."""
         now, record = time.monotonic(), self.record
-        current = next((part for part in self.parts if part.name not in record.done), None)
-        if current is not None:
-            record.seconds[current.name] = record.seconds.get(current.name, 0.0) + now - self._looked
+        current = self._under_way()
+        for part in current:
+            record.seconds[part.name] = record.seconds.get(part.name, 0.0) + (now - self._looked) / len(current)
         self._looked = now
         ended = [part for part in self.parts if part.done and part.name not in record.done]
         for part in ended:
@@ -101,14 +102,20 @@ class Progress:
         if ended or last or now - self._paged > PAGE_SECONDS:
             write_report(self.story.folder)
             self._paged = time.monotonic()
-        if current is not None and not last:
+        if current and not last:
             self._show(current, now)
 
-    def _show(self, part: Part, now: float) -> None:
-        done, share, left = len(self.record.done), part.share(), self.left()
+    def _under_way(self) -> list[Part]:
+        """The first part that is not done, and those that have begun beside it."""
+        left = [part for part in self.parts if part.name not in self.record.done]
+        return left[:1] + [part for part in left[1:] if part.share()]
+
+    def _show(self, parts: Sequence[Part], now: float) -> None:
+        done, left = len(self.record.done), self.left()
         spent = sum(self.record.seconds.values())
-        what = f"{done + 1}/{len(self.parts)} {part.title}" + (f" {share:.0%}" if share else "")
-        told = ", ".join(filter(None, [f"about {duration(left)} left", score(self.story, part) or self._score]))
+        titles = (part.title + (f" {share:.0%}" if (share := part.share()) else "") for part in parts)
+        what = f"{done + 1}/{len(self.parts)} {', '.join(titles)}"
+        told = ", ".join(filter(None, [f"about {duration(left)} left", score(self.story, parts[0]) or self._score]))
         self._bar.n = round(1000 * spent / (spent + left))
         self._bar.set_description_str(f"{what}, {told}")
         if self._bar.disable and now - self._told > LINE_SECONDS:

@@ -97,7 +97,7 @@ class DistillationLearner(PolicyLearner):
         with self.model.replaying(experts):
             with self.device.autocast():
                 hidden, mtp, balance = self.model.hidden_and_side_losses(
-                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
+                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True, with_mtp=stage.mtp_weight > 0
                 )
                 ours = self.model.lm_head(hidden[own]).float() / temperatures
             loss = reverse_kl(ours, wanted).sum() / total.clamp(min=1)

@@ -243,7 +243,7 @@ class PolicyLearner(Learner):
         with self.model.replaying(known.experts):
             with self.device.autocast():
                 hidden, mtp, balance = self.model.hidden_and_side_losses(
-                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True
+                    rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True, with_mtp=stage.mtp_weight > 0
                 )
                 log_probs = self._of_labels(self.model, hidden, rows).flatten()
                 entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None

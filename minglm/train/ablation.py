@@ -6,31 +6,25 @@ Noise between seeds is larger than many an "improvement" (nanochat's log: 0.251 
 number comes with its 95% interval. Killed, the same command goes on: every run is an ordinary run folder.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import statistics
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from scipy.special import stdtrit
-from tqdm import tqdm
 
 from minglm.config import ConfigError, build
 from minglm.train.metrics import read_metrics
+from minglm.train.processes import in_processes, run_quietly
 from minglm.train.recipe import Recipe
-from minglm.train.stop import sigterm_as_interrupt
 
 T = TypeVar("T")
-Job = TypeVar("Job")
 
 
 @dataclass(frozen=True)
@@ -126,65 +120,8 @@ def run_grid(
     return {label: [read_metrics(_run_folder(folder, label, s) / "metrics.jsonl") for s in seeds] for label in grid}
 
 
-def in_processes(
-    work: Callable[[Job], Any],
-    jobs: Sequence[Job],
-    workers: int,
-    about: str,
-    behind: Callable[[Job], Sequence[Job]] = lambda _: (),
-) -> None:
-    """Have `work(job)` do each job in a process of its own, `workers` at a time on equal shares of the cores; when one is done,
-    those `behind` it may begin. Raises what a job raises. SIGTERM is as Ctrl-C. Whatever ends this ends what is under way.
-
-    work: a function at the top of a module, for other processes find it there; about: what the progress bar says.
-    """
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    ended: SimpleQueue[tuple[Job, BaseException | None]] = SimpleQueue()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sigterm_as_interrupt())
-        bar = stack.enter_context(tqdm(total=len(jobs) + sum(len(behind(job)) for job in jobs), desc=about, unit="run"))
-        pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(workers, maxtasksperchild=1))
-
-        def begin(job: Job) -> None:
-            pool.apply_async(
-                _on_threads,
-                (threads, work, job),
-                callback=lambda _: ended.put((job, None)),
-                error_callback=lambda error: ended.put((job, error)),
-            )
-
-        for job in jobs:
-            begin(job)
-        waiting = len(jobs)
-        while waiting:
-            job, error = ended.get()
-            if error is not None:
-                raise error
-            following = behind(job)
-            for other in following:
-                begin(other)
-            waiting += len(following) - 1
-            bar.update()
-
-
-def _on_threads(threads: int, work: Callable[[Job], Any], job: Job) -> None:
-    import torch
-
-    torch.set_num_threads(threads)
-    work(job)
-
-
 def _run_folder(folder: Path, label: str, seed: int) -> Path:
     return folder / label.replace("/", "-").replace(" ", "+") / f"seed-{seed}"
-
-
-def run_quietly(job: tuple[Callable[[Any, str], Any], Any, str]) -> None:
-    """A job for `in_processes`: `run(recipe, run_folder)`, and what it prints goes into log.txt there."""
-    run, recipe, run_folder = job
-    Path(run_folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(run_folder) / "log.txt", "a", encoding="utf-8") as log:
-        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-            run(recipe, run_folder)
 
 
 def _result(records: Sequence[Mapping[str, Any]]) -> RunResult:

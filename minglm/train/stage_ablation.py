@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minglm.config import ConfigError
-from minglm.train.ablation import half_width, in_processes, mean_and_interval
+from minglm.train.ablation import half_width, mean_and_interval
+from minglm.train.processes import in_processes
 from minglm.train.recipe import Recipe
 from minglm.train.run_folder import RunFolder
 from minglm.train.span import Span

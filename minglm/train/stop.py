@@ -16,18 +16,23 @@ def in_main_thread() -> bool:
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Inside this context SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that other contexts clean up behind them.
+    """Inside this context SIGTERM raises KeyboardInterrupt(SIGTERM), as Ctrl-C does one without arguments, so that other
+    contexts clean up behind them.
 
     In any other thread than the main one this context does nothing.
     """
     if not in_main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(number))
 
 
 class StopRequest:

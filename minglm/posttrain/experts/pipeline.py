@@ -17,6 +17,7 @@ where it was killed, repeats nothing that is finished, and ends with the same bi
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from pathlib import Path
 from signal import Signals
@@ -34,6 +35,7 @@ from minglm.posttrain.recipe import SFTRecipe
 from minglm.posttrain.sft import sft
 from minglm.rl.loop import rl
 from minglm.rl.recipe import RLRecipe
+from minglm.train.processes import in_processes, run_quietly
 from minglm.train.recipe import differences
 from minglm.train.run_folder import RunFolder, model_folder
 from minglm.train.trainer import Outcome
@@ -115,16 +117,24 @@ def open_folder(recipe: ExpertsRecipe, folder: Path) -> tuple[ExpertsRecipe, Pat
 
 def _make(recipe: ExpertsRecipe, folder: Path, asked: Questions) -> Made:
     start = run_once(sft, replace(recipe.start, base=recipe.base), folder / "start")
-    trained = {
-        domain: run_once(rl, replace(one, base=start), folder / "experts" / domain) for domain, one in recipe.experts.items()
-    }
-    made = Made(start, trained, [])
+    made = Made(start, _train_experts(recipe, start, folder / "experts"), [])
     scored: list[Sat] = []
     for number in range(1, recipe.rounds + 1):
         done, sat = _round(recipe, folder / f"round-{number}", number, made, asked, scored)
         made.rounds.append(done)
         scored = sat if done.gate["kept"] else scored
     return made
+
+
+def _train_experts(recipe: ExpertsRecipe, start: Path, folder: Path) -> dict[str, Path]:
+    own = {domain: (replace(one, base=start), folder / domain) for domain, one in recipe.experts.items()}
+    left = [(partial(run_once, rl), *one) for one in own.values() if not (one[1] / FINISHED).is_file()]
+    if recipe.experts_at_once > 1 and left:
+        try:
+            in_processes(run_quietly, left, recipe.experts_at_once, "experts")
+        except KeyboardInterrupt as stop:  # each has saved
+            raise Stopped(stop.args[0] if stop.args else Signals.SIGINT, folder) from stop
+    return {domain: run_once(rl, *one) for domain, one in own.items()}  # or read what is there
 
 
 def _round(

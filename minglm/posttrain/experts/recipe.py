@@ -99,6 +99,8 @@ class ExpertsRecipe:
     """The mid-trained model: a run folder, or a Hugging Face folder with its tokenizer."""
     seed: int = 1
     """Everything random hangs on it: it is put into all recipes."""
+    experts_at_once: int = 1
+    """So many of their runs side by side, each on its share of the cores: the first ones first, so let the longest be there."""
     rounds: int = 2
     """Of answers, SFT and RL. The first round's answers are the experts'; in later ones those of `regenerated` domains are the
     unified model's own, after its RL (report, section 3.3, iterative self-distillation)."""
@@ -109,7 +111,8 @@ class ExpertsRecipe:
 
     def __post_init__(self) -> None:
         require(bool(self.experts), "experts", {}, "a domain at least")
-        require(self.rounds >= 1, "rounds", self.rounds, "1 or more")
+        for key in ("experts_at_once", "rounds"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
         for key, named in (("regenerated", self.regenerated), ("harvest.problems_of", self.harvest.problems_of)):
             unknown = sorted(set(named) - set(self.experts))
             require(not unknown, key, tuple(unknown), f"domains of experts: {', '.join(self.experts)}")
