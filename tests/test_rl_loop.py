@@ -82,6 +82,32 @@ def test_without_a_weight_the_mtp_layer_stays_as_it_is_and_the_policy_learns_the
     assert changed[0] and all(torch.equal(found[0][name], found[1][name]) for name in start if not name.startswith("mtp."))
 
 
+@pytest.mark.parametrize("name", ["grpo", "gspo", "dapo"])
+def test_a_pass_before_the_only_update_says_what_the_update_itself_says(base, name, monkeypatch):
+    found = []
+    for looks_first in (False, True):
+        learner = learner_of(base, named(name), 120)
+        if looks_first:
+            monkeypatch.setattr(learner, "_looks_first", lambda batches: True)
+        monkeypatch.setattr(learner, "before", counted(learner.before, calls := []))
+        with ops.using("exact"):
+            numbers = learner.policy_step(judged(6), [0, 0, 0, 1, 1, 1])
+        assert len(calls) == looks_first
+        found.append((numbers, learner.model.state_dict()))
+    assert found[0][0] == found[1][0]
+    assert all(torch.equal(found[0][1][key], found[1][1][key]) for key in found[0][1])
+
+
+def counted(function, calls: list):
+    """The function, and a list that grows by each call."""
+
+    def call(*arguments):
+        calls.append(arguments)
+        return function(*arguments)
+
+    return call
+
+
 @pytest.mark.parametrize("name", ["grpo", "ppo", "reinforce++", "dapo"])
 def test_a_step_is_the_same_however_it_is_cut_into_micro_batches(base, name):
     objective, trajectories = named(name), judged(6)

@@ -36,7 +36,7 @@ class Known(NamedTuple):
 
     rows: Rows
     experts: Tensor | None  # to be replayed, (MoE layers, b * t, K)
-    old: Tensor  # log-probabilities under the weights that the step starts from
+    old: Tensor | None  # log-probabilities under the weights that the step starts from; None: this pass is made with them
     reference: Tensor | None
     values: Tensor | None  # the critic's
     mask: Tensor  # bool: what counts
@@ -47,15 +47,16 @@ class Known(NamedTuple):
 class Before(NamedTuple):
     """What is known of the micro-batches of a step before its first update: a list each, one entry a micro-batch.
 
-    old, reference, values: (b, t); None without a reference or critic. replayed: the experts that training replays, None for
-    none; unreplayed: `old` if each pass routes for itself; experts: that the model itself chose (MoE layers, b * t, K).
+    old, reference, values: (b, t); None without a reference or critic, and of `old` where the only pass of the update is to say
+    it. replayed: the experts that training replays, None for none; unreplayed: `old` if each pass routes for itself; experts:
+    that the model itself chose (MoE layers, b * t, K).
     """
 
-    old: list[Tensor]
+    old: list[Tensor | None]
     reference: list[Tensor] | None
     values: list[Tensor] | None
     replayed: list[Tensor | None]
-    unreplayed: list[Tensor]
+    unreplayed: list[Tensor | None]
     experts: list[Tensor | None]
 
 
@@ -176,7 +177,9 @@ class PolicyLearner(Learner):
         """
         device = self.device.torch_device
         chosen, batches = self.rows_of(trajectories)
-        before = self.before(batches)
+        nothing = [None] * len(batches)
+        looks_first = self._looks_first(batches)
+        before = self.before(batches) if looks_first else Before(nothing, None, None, nothing, nothing, nothing)
         old, reference, values = before[:3]
         found = self._advantages(trajectories, groups, chosen, batches, old, reference, values)
 
@@ -187,24 +190,34 @@ class PolicyLearner(Learner):
                 batches,
                 before.replayed,
                 old,
-                reference or [None] * len(batches),
-                values or [None] * len(batches),
+                reference or nothing,
+                values or nothing,
                 found.mask,
                 found.tokens,
-                found.returns or [None] * len(batches),
+                found.returns or nothing,
                 strict=True,
             )
         ]
         total = sum(count(self.objective, one.mask.flatten(), one.rows.sequence_ids) for one in known)
         totals = self.totals(batches)
         for _ in range(self.passes):
+            said = []
             for one in known:
-                numbers += self.backward(one, total, totals)
+                losses, log_probs = self.backward(one, total, totals)
+                numbers += losses
+                said.append(log_probs)
             norm = self.update(learning_rate_factor)
+        before = before if looks_first else before._replace(old=said, unreplayed=said)
         gaps, entropy = self.looked_at(batches, before, version)
         informative = found.informative.float().mean().item()
         loss, critic_loss, clipped, dropped = (numbers / self.passes).tolist()
         return StepNumbers(loss, critic_loss, norm.item(), clipped, dropped, entropy, informative, gaps)
+
+    def _looks_first(self, batches: Sequence[Rows]) -> bool:
+        """Whether something is asked of the weights that the step starts from beside what the first pass of the update says of
+        them: by later passes, a critic, a reference, or those who compare routing. A quarter of the work, if not."""
+        others = self.passes > 1 or self.critic is not None or self.reference is not None or self.routing_replay != "none"
+        return others or any(rows.experts is not None for rows in batches)
 
     @staticmethod
     def looked_at(batches: Sequence[Rows], before: Before, version: int | None) -> tuple[Gaps, float]:
@@ -229,23 +242,21 @@ class PolicyLearner(Learner):
         self.model.update_router_bias(self.stage.router_bias_rate)
         return norm
 
-    def backward(self, known: Known, total: Tensor, totals: LossTotals) -> Tensor:
+    def backward(self, known: Known, total: Tensor, totals: LossTotals) -> tuple[Tensor, Tensor]:
         """Add a micro-batch's gradients of all losses -> those of policy and critic, and the shares clipped and dropped, (4,)
-        fp32. total, totals: what the whole step counts, for the policy's loss and for the side losses."""
+        fp32; and what the policy says of the labels, as `log_probs` does. total, totals: what the whole step counts, for the
+        policy's loss and for the side losses."""
         rows, stage = known.rows, self.stage
-        tokens = Tokens(
-            known.mask.flatten(),
-            rows.sequence_ids,
-            known.old.flatten(),
-            rows.log_probs.flatten(),
-            None if known.reference is None else known.reference.flatten(),
-        )
         with self.model.replaying(known.experts):
             with self.device.autocast():
                 hidden, mtp, balance = self.model.hidden_and_side_losses(
                     rows.input_ids, rows.labels, rows.document_ids, totals, detach_trunk=True, with_mtp=stage.mtp_weight > 0
                 )
-                log_probs = self._of_labels(self.model, hidden, rows).flatten()
+                said = self._of_labels(self.model, hidden, rows)
+                log_probs, old = said.flatten(), said.detach() if known.old is None else known.old
+                reference = None if known.reference is None else known.reference.flatten()
+                sampler = rows.log_probs.flatten()
+                tokens = Tokens(known.mask.flatten(), rows.sequence_ids, old.flatten(), sampler, reference)
                 entropies = self._entropies(hidden, rows) if self.objective.entropy_weight else None
                 loss = policy_loss(self.objective, log_probs, tokens, known.advantages.flatten(), total, entropies)
             (loss.total + stage.mtp_weight * mtp + stage.balance_weight * balance).backward()
@@ -256,7 +267,7 @@ class PolicyLearner(Learner):
             returns = known.returns.flatten()
             critic_loss = value_loss(self.objective, values, known.values.flatten(), returns, tokens, total)
             critic_loss.backward()
-        return torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach()
+        return torch.stack([loss.total, critic_loss, loss.clipped, loss.dropped]).detach(), said.detach()
 
     def _advantages(self, trajectories, groups, chosen, batches, old, reference, values) -> Advantages:
         """Those of the whole step, with every tensor cut into the micro-batches again, each (b, t)."""
@@ -272,13 +283,9 @@ class PolicyLearner(Learner):
         order = [i for indices in chosen for i in indices]
         rewards = torch.tensor([trajectories[i].verdict.reward for i in order], dtype=torch.float32, device=device)
         # Trajectories that were cut off are not worth what the critic expects of going on: cut off is an end with reward 0.
-        tokens = Tokens(
-            joined([rows.sampled for rows in batches]),
-            ids,
-            joined(old),
-            joined([r.log_probs for r in batches]),
-            joined(reference),
-        )
+        sampler = joined([rows.log_probs for rows in batches])
+        own = sampler if old[0] is None else joined(old)  # which a KL alone asks for
+        tokens = Tokens(joined([rows.sampled for rows in batches]), ids, own, sampler, joined(reference))
         group_ids = torch.tensor([groups[i] for i in order], device=device)
         found = advantages(self.objective, rewards, group_ids, tokens, joined(values))
         sizes = [rows.labels.numel() for rows in batches]

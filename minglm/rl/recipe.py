@@ -184,8 +184,8 @@ class RLRecipe:
     """Of a micro-batch, padding included. Bounds the memory, changes nothing else."""
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=3e-4, weight_decay=0.0))
     mtp_weight: float = 0.1
-    """Of the MTP layer's loss, which learns beside the policy and pulls at nothing else; it drafts for the policy. 0: it stays as
-    it is, and costs nothing."""
+    """Of the MTP layer's loss, which learns beside the policy and pulls at nothing else; it drafts for the policy. 0: it stays
+    as it is, and costs nothing."""
     balance_weight: float = 1e-4
     evaluate_every: int = 20
     """Steps between looks at held-out problems; 0: only at the beginning and the end."""
