@@ -1,6 +1,8 @@
 """The page of a run folder, and the pictures on it: from nothing at all on, whole, escaped, and asking nobody for anything."""
 
+import io
 import re
+import time
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -12,7 +14,7 @@ from small_story import Page
 
 from minglm.__main__ import main
 from minglm.config import GLMConfig
-from minglm.report import architecture
+from minglm.report import architecture, progress
 from minglm.report.page import CONTENTS, write_report
 from minglm.report.parts import Part, Story
 from minglm.report.record import Record
@@ -136,6 +138,21 @@ def test_what_has_been_measured_says_how_long_the_rest_takes(tmp_path):
     for name in "bc":
         (tmp_path / name).touch()
     assert twice.left(parts) == 0 and Record().left([]) == 0
+
+
+def test_time_counts_in_equal_shares_for_parts_that_are_under_way_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "LOOK_SECONDS", 0.01)
+    watched = progress.Progress(Story.of(tmp_path), "quick", io.StringIO())
+    watched.parts = [
+        Part(name, name, "rl", tmp_path / name, 100, tmp_path / f"{name}.jsonl", (0, 10))
+        for name in ("first", "second", "third")
+    ]
+    (tmp_path / "second.jsonl").write_text('{"kind": "step", "step": 3, "reward": 0.5}\n')
+    with watched:
+        time.sleep(0.3)
+    seconds = watched.record.seconds
+    assert set(seconds) == {"first", "second"}  # the third one has not begun
+    assert seconds["first"] == seconds["second"] and sum(seconds.values()) == pytest.approx(0.3, abs=0.2)
 
 
 def test_a_record_is_read_as_it_was_written(tmp_path):
