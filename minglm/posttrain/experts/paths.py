@@ -19,9 +19,8 @@ from minglm.evals.interval import mean
 from minglm.files import write_text_atomically
 from minglm.posttrain.experts.exam import Sat, questions, score
 from minglm.posttrain.experts.harvest import read_counts
-from minglm.posttrain.experts.pipeline import Made, experts, open_folder, run_once, sit_exams
+from minglm.posttrain.experts.pipeline import Made, experts, open_folder, practise, sit_exams
 from minglm.posttrain.experts.recipe import ExpertsRecipe
-from minglm.rl.loop import rl
 from minglm.rl.recipe import RLRecipe
 from minglm.train.metrics import read_metrics
 
@@ -60,8 +59,9 @@ def compare(recipe: ExpertsRecipe, folder: str | Path) -> dict[str, Any]:
     of_experts = Spent().plus(*(spent_by(folder / "experts" / domain) for domain in recipe.experts))
     own = of_experts.plus(*(_spent_in_round(folder, one.number, recipe) for one in made.rounds))
     student = student_recipe(recipe, made, own.compute - of_experts.compute)
-    distilled = run_once(rl, student, folder / "distilled")
-    together = run_once(rl, _within(recipe.unified_rl, made, own.compute), folder / "one-model")
+    everything = _within(recipe.unified_rl, made, own.compute)
+    runs = [(student, folder / "distilled"), (everything, folder / "one-model")]
+    distilled, together = practise(runs, recipe.experts_at_once, folder)
     everywhere = list(recipe.experts)
     models = {
         f"unified-{made.kept.number}-rl": (made.kept.rl, everywhere),

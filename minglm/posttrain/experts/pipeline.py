@@ -5,7 +5,7 @@
     round-1/answers/DOMAIN/      what the experts answer, filtered, as samples
     round-1/sft/                 the unified model: SFT on these samples, from the base
     round-1/rl/                  RL on it, over all domains
-    round-2/...                  `regenerated` domains are answered anew by the last kept model; then SFT and RL again
+    round-2/...                  `regenerated` domains are answered anew by the last kept model; then SFT and RL of it again
     round-N/gate.json            whether the round is kept: its held-out score is no worse than the last kept one's
     exams/MODEL/                 held-out attempts of each model in each mode
     results.json, results.md     the tables
@@ -15,7 +15,7 @@ where it was killed, repeats nothing that is finished, and ends with the same bi
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -117,7 +117,8 @@ def open_folder(recipe: ExpertsRecipe, folder: Path) -> tuple[ExpertsRecipe, Pat
 
 def _make(recipe: ExpertsRecipe, folder: Path, asked: Questions) -> Made:
     start = run_once(sft, replace(recipe.start, base=recipe.base), folder / "start")
-    made = Made(start, _train_experts(recipe, start, folder / "experts"), [])
+    runs = [(replace(one, base=start), folder / "experts" / domain) for domain, one in recipe.experts.items()]
+    made = Made(start, dict(zip(recipe.experts, practise(runs, recipe.experts_at_once, folder), strict=True)), [])
     scored: list[Sat] = []
     for number in range(1, recipe.rounds + 1):
         done, sat = _round(recipe, folder / f"round-{number}", number, made, asked, scored)
@@ -126,33 +127,27 @@ def _make(recipe: ExpertsRecipe, folder: Path, asked: Questions) -> Made:
     return made
 
 
-def _train_experts(recipe: ExpertsRecipe, start: Path, folder: Path) -> dict[str, Path]:
-    own = {domain: (replace(one, base=start), folder / domain) for domain, one in recipe.experts.items()}
-    left = [(partial(run_once, rl), *one) for one in own.values() if not (one[1] / FINISHED).is_file()]
-    if recipe.experts_at_once > 1 and left:
-        try:
-            in_processes(run_quietly, left, recipe.experts_at_once, "experts")
-        except KeyboardInterrupt as stop:  # each has saved
-            raise Stopped(stop.args[0] if stop.args else Signals.SIGINT, folder) from stop
-    return {domain: run_once(rl, *one) for domain, one in own.items()}  # or read what is there
-
-
 def _round(
     recipe: ExpertsRecipe, folder: Path, number: int, made: Made, asked: Questions, scored: list[Sat]
 ) -> tuple[Round, list[Sat]]:
     """scored: the attempts of the last kept model at the problems that choose. -> the round, and its own attempts."""
     answers = dict(made.kept.answers) if made.rounds else {}
+    draw = 1000 * recipe.seed + number  # other problems in each round
     for domain, expert in recipe.experts.items():
         if made.rounds and domain not in recipe.regenerated:
             continue
         answers[domain] = folder / "answers" / domain
         if not answers[domain].is_dir():
             teacher = made.kept.rl if made.rounds else made.experts[domain]
-            row, draw = recipe.unified_sft.training.sequence_length, 1000 * recipe.seed + number
+            row = recipe.unified_sft.training.sequence_length
             harvest(teacher, domain, expert, recipe.harvest, row, draw, answers[domain])
     print(f"\nround {number}, answers:\n\n{counts_table({domain: read_counts(answers[domain]) for domain in answers})}\n")
-    unified = run_once(sft, unified_sft(recipe, answers), folder / "sft")
-    trained = run_once(rl, replace(recipe.unified_rl, base=unified), folder / "rl")
+    distilled, practised = unified_sft(recipe, answers), recipe.unified_rl
+    if made.rounds:
+        distilled = replace(distilled, base=made.kept.rl, training=recipe.sft_of_round(number).training, seed=draw)
+        practised = replace(practised, seed=draw)
+    unified = run_once(sft, distilled, folder / "sft")
+    trained = run_once(rl, replace(practised, base=unified), folder / "rl")
     sat = sit(trained, recipe.unified_rl, asked.choosing, recipe.exam, folder / "gate", f"gate of round {number}")
     gate = gate_of(scored, sat, recipe.domain_of)
     text = json.dumps({"round": number, **gate}, indent=1) + "\n"
@@ -203,6 +198,18 @@ def run_once(run: Callable[[Any, Path], Outcome], recipe: SFTRecipe | RLRecipe, 
             raise Stopped(outcome.stopped_by, folder)
         write_text_atomically(mark, json.dumps({"step": outcome.step}) + "\n")
     return RunFolder(folder).newest_checkpoint()
+
+
+def practise(runs: Sequence[tuple[RLRecipe, Path]], at_once: int, folder: Path) -> list[Path]:
+    """The last checkpoint of each of several runs of RL, so many of them side by side: recipes, and folders in `folder`. Raises
+    `Stopped`, with the latter where there are several."""
+    left = [(partial(run_once, rl), *run) for run in runs if not (run[1] / FINISHED).is_file()]
+    if at_once > 1 and left:
+        try:
+            in_processes(run_quietly, left, at_once, "RL")
+        except KeyboardInterrupt as stop:  # each has saved
+            raise Stopped(stop.args[0] if stop.args else Signals.SIGINT, folder) from stop
+    return [run_once(rl, *run) for run in runs]  # or read what is there
 
 
 def models_of(recipe: ExpertsRecipe, made: Made) -> dict[str, tuple[Path, list[str]]]:
