@@ -9,6 +9,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,6 +31,9 @@ SPECIAL_TOKENS = (
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink",
 )  # fmt: skip
+
+# The same conversation that `minglm.chat.render` writes, for whoever reads the folder (transformers, vLLM, SGLang).
+CHAT_TEMPLATE = Path(__file__).parent / "chat_template.jinja"
 
 # The model ends its turn by naming who speaks next.
 END_OF_TURN = (END_OF_DOCUMENT, "<|user|>", "<|observation|>")
@@ -195,7 +199,8 @@ class Tokenizer:
         return cls(path.read_bytes(), str(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `tokenizer.json` and the `tokenizer_config.json` by which Hugging Face's AutoTokenizer knows it."""
+        """Write `tokenizer.json`, the `tokenizer_config.json` by which Hugging Face's AutoTokenizer knows it, and, where all
+        special tokens are there, the chat template."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -207,6 +212,8 @@ class Tokenizer:
         }
         (folder / "tokenizer.json").write_bytes(self._json)
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if self.special_ids.keys() >= set(SPECIAL_TOKENS):
+            shutil.copyfile(CHAT_TEMPLATE, folder / CHAT_TEMPLATE.name)
 
     def encode(self, text: str, allow_special: bool = False) -> list[int]:
         """Ids of `text`. Nothing is put before or after it.

@@ -9,77 +9,10 @@ from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from minglm.chat import MODES, ChatError, parse, render, render_tokens, tool_grammar
-from minglm.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from minglm.tokenizer import CHAT_TEMPLATE, SPECIAL_TOKENS, train_tokenizer
 
 # The published template's semantics in Jinja, rendered by transformers.
-TEMPLATE = r"""
-{%- macro visible(content) -%}
-  {%- if content is string -%}{{- content -}}
-  {%- else -%}
-    {%- for part in content -%}
-      {%- if part is string -%}{{- part -}}{%- elif part is mapping and part.type == 'text' -%}{{- part.text -}}{%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{{- '[gMASK]<sop>' -}}
-{%- if tools -%}
-  {{- '<|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n' -}}
-  {{- 'You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n' -}}
-  {%- for tool in tools -%}{{- tool | tojson(ensure_ascii=False) -}}{{- '\n' -}}{%- endfor -%}
-  {{- '</tools>\n\nFor each function call, output the function name and arguments within the following XML format:\n' -}}
-  {{- '<tool_call>{function-name}\n<arg_key>{arg-key-1}</arg_key>\n<arg_value>{arg-value-1}</arg_value>\n' -}}
-  {{- '<arg_key>{arg-key-2}</arg_key>\n<arg_value>{arg-value-2}</arg_value>\n...\n</tool_call>' -}}
-{%- endif -%}
-{%- set last = namespace(user=-1) -%}
-{%- for message in messages -%}{%- if message.role == 'user' -%}{%- set last.user = loop.index0 -%}{%- endif -%}{%- endfor -%}
-{%- for message in messages -%}
-  {%- if message.role == 'system' -%}{{- '<|system|>\n' + visible(message.content) -}}
-  {%- elif message.role == 'user' -%}
-    {%- set text = visible(message.content) -%}
-    {{- '<|user|>\n' + text -}}
-    {%- if enable_thinking is defined and not enable_thinking and not text.endswith('/nothink') -%}
-      {{- '/nothink' -}}
-    {%- endif -%}
-  {%- elif message.role == 'assistant' -%}
-    {%- set content = visible(message.content) -%}
-    {%- set reasoning = '' -%}
-    {%- if message.reasoning_content is string -%}
-      {%- set reasoning = message.reasoning_content -%}
-    {%- elif '</think>' in content -%}
-      {%- set reasoning = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') -%}
-      {%- set content = content.split('</think>')[-1].lstrip('\n') -%}
-    {%- endif -%}
-    {{- '<|assistant|>\n<think>' -}}
-    {%- if loop.index0 > last.user and reasoning -%}{{- reasoning.strip() -}}{%- endif -%}
-    {{- '</think>' -}}
-    {%- if content.strip() -%}{{- '\n' + content.strip() -}}{%- endif -%}
-    {%- for call in message.tool_calls or [] -%}
-      {%- set function = call.function or call -%}
-      {{- '\n<tool_call>' + function.name + '\n' -}}
-      {%- for key, value in function.arguments.items() -%}
-        {{- '<arg_key>' + key + '</arg_key>\n<arg_value>' -}}
-        {{- value if value is string else value | tojson(ensure_ascii=False) -}}
-        {{- '</arg_value>\n' -}}
-      {%- endfor -%}
-      {{- '</tool_call>' -}}
-    {%- endfor -%}
-  {%- elif message.role == 'tool' -%}
-    {%- if message.content is string -%}
-      {%- if loop.first or messages[loop.index0 - 1].role != 'tool' -%}{{- '<|observation|>' -}}{%- endif -%}
-      {{- '\n<tool_response>\n' + message.content + '\n</tool_response>' -}}
-    {%- else -%}
-      {{- '<|observation|>' -}}
-      {%- for result in message.content -%}
-        {{- '\n<tool_response>\n' -}}{{- result.output if result.output is defined else result -}}{{- '\n</tool_response>' -}}
-      {%- endfor -%}
-    {%- endif -%}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-  {{- '<|assistant|>' -}}
-  {%- if enable_thinking is defined and not enable_thinking -%}{{- '\n<think></think>' -}}{%- endif -%}
-{%- endif -%}
-"""
+TEMPLATE = CHAT_TEMPLATE.read_text(encoding="utf-8")
 
 WORDS = ["", " ", "\n", "\n\n", "a", "Hi there", "é", "数", "🙂", "\x85", "\u2028", "\t", "0", "{", '"', "\\", "<", "</", "|>"]
 TAGS = [*SPECIAL_TOKENS, "<tools>", "</tools>"]

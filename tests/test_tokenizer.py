@@ -15,6 +15,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from minglm.chat import render_tokens
 from minglm.tokenizer import (
     BYTE_CHARACTERS,
     CONTENT_TAGS,
@@ -183,6 +184,21 @@ def test_transformers_loads_the_folder_and_gives_the_same_ids(tmp_path):
         # Parsers of reasoning and tool calls need the tags when the specials are skipped.
         kept = theirs.decode([TOKENIZER.special_ids[name] for name in SPECIAL_TOKENS], skip_special_tokens=True)
         assert kept == "".join(name for name in SPECIAL_TOKENS if name in CONTENT_TAGS)
+
+
+def test_transformers_renders_a_conversation_as_ids_as_we_do(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": "ü", "b": [1]}}}
+    messages = [
+        {"role": "user", "content": "How many?"},
+        {"role": "assistant", "content": "", "reasoning_content": "Ask.", "tool_calls": [call]},
+        {"role": "tool", "content": "42"},
+    ]
+    for mode in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        found = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, return_dict=False, **mode)
+        assert found == render_tokens(TOKENIZER, messages, tools, **mode, add_generation_prompt=True).ids
 
 
 # --- Nothing is lost, nothing acts as control ------------------------------------------------------------------------

@@ -205,6 +205,7 @@ def practise(runs: Sequence[tuple[RLRecipe, Path]], at_once: int, folder: Path) 
     `Stopped`, with the latter where there are several."""
     left = [(partial(run_once, rl), *run) for run in runs if not (run[1] / FINISHED).is_file()]
     if at_once > 1 and left:
+        print(f"\n=== {len(left)} runs of RL, {at_once} at a time; what each prints: log.txt in its folder in {folder}\n")
         try:
             in_processes(run_quietly, left, at_once, "RL")
         except KeyboardInterrupt as stop:  # each has saved
