@@ -21,7 +21,7 @@ from minglm.posttrain.experts.exam import Sat, difference, questions, score
 from minglm.posttrain.experts.filters import FILTERS
 from minglm.posttrain.experts.paths import PATHS, compare, spent_by
 from minglm.posttrain.experts.pipeline import ExpertsError, Made, Round, Stopped, experts, gate_of, unified_sft
-from minglm.posttrain.experts.recipe import Exam, load_experts_recipe, save_experts_recipe
+from minglm.posttrain.experts.recipe import Exam, ExpertsRecipe, load_experts_recipe, save_experts_recipe
 from minglm.posttrain.experts.results import write_results_of_seeds
 from minglm.posttrain.lint import Sample, read_samples
 from minglm.rl.recipe import Tasks
@@ -127,11 +127,13 @@ def run_until(recipe, folder: Path, sight: str) -> None:
     run_experts(recipe, folder)
 
 
-def test_experts_side_by_side_are_those_one_after_the_other(base, tmp_path):
-    """With families that other processes know, too, and one thread each, as they have."""
+@pytest.fixture(scope="module")
+def real(base) -> ExpertsRecipe:
+    """With families that other processes know, too."""
     small = small_recipe(base, rounds=1)
     conversations = replace(small.start.conversations, families=("weekdays", "clock"), levels=1)
-    start = replace(small.start, conversations=conversations, training=replace(small.start.training, sequence_length=512))
+    training = replace(small.start.training, sequence_length=512, steps=8)
+    start = replace(small.start, conversations=conversations, training=training)
     sampling = replace(small.experts["agent"].sampling, context=512)
     own = {
         domain: replace(expert, tasks=Tasks({family: (1,)}), sampling=sampling)
@@ -139,16 +141,45 @@ def test_experts_side_by_side_are_those_one_after_the_other(base, tmp_path):
     }
     unified = replace(small.unified_rl, tasks=Tasks({"weekdays": (1,), "clock": (1,)}), sampling=sampling)
     sft = replace(start, conversations=replace(conversations, automatic=0.5))
-    recipe = replace(small, start=start, experts=own, unified_sft=sft, unified_rl=unified)
-    folders = [tmp_path / name for name in ("one", "two")]
-    for folder, at_once in zip(folders, (1, 2), strict=True):
-        assert finished(run_experts, replace(recipe, experts_at_once=at_once), folder) == 0
-    for domain in recipe.experts:
-        checkpoints = [RunFolder(folder / "experts" / domain).newest_checkpoint() for folder in folders]
+    return replace(small, start=start, experts=own, unified_sft=sft, unified_rl=unified)
+
+
+@pytest.fixture(scope="module")
+def one_by_one(real, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("one_by_one") / "run"
+    assert finished(run_experts, real, folder) == 0
+    return folder
+
+
+def check_the_same(folder: Path, other: Path) -> None:
+    for domain in ("reasoning", "agent"):
+        checkpoints = [RunFolder(one / "experts" / domain).newest_checkpoint() for one in (folder, other)]
         states = [load_model(checkpoint).state_dict() for checkpoint in checkpoints]
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    assert (folders[1] / "experts" / "agent" / "log.txt").read_text()
-    assert results_of(folders[0]) == results_of(folders[1])
+    assert results_of(folder) == results_of(other)
+
+
+@pytest.mark.slow
+def test_experts_side_by_side_are_those_one_after_the_other(real, one_by_one, tmp_path):
+    """Both have one thread each."""
+    assert finished(run_experts, replace(real, experts_at_once=2), tmp_path / "run") == 0
+    assert (tmp_path / "run" / "experts" / "agent" / "log.txt").read_text()
+    check_the_same(tmp_path / "run", one_by_one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_experts_side_by_side_that_are_stopped_go_on_to_the_same_end(real, one_by_one, tmp_path, how):
+    folder, recipe = tmp_path / "run", replace(real, experts_at_once=2)
+    process = in_child(run_experts, recipe, folder)
+    while not (folder / "experts" / "agent" / "rollouts").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    os.kill(process.pid, how)
+    process.join()
+    assert process.exitcode not in (0, None) and not (folder / "results.json").exists()
+    assert finished(run_experts, recipe, folder) == 0
+    check_the_same(folder, one_by_one)
 
 
 @pytest.mark.slow
