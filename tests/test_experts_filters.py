@@ -153,13 +153,17 @@ def test_what_is_kept_obeys_the_recipe_and_every_answer_is_counted_once(answers,
         usable = {one.number for one in kept.automatic} | stays
         dropped = usable - stays
         assert max((rates[n] for n in stays), default=0) <= min((rates[n] for n in dropped), default=1)
-    at_once = pass_rates(one for one in answers if one.mode == "non-thinking")
+    at_once, thinking = (pass_rates(one for one in answers if one.mode == mode) for mode in ("non-thinking", "thinking"))
     assert len({one.number for one in kept.automatic}) == len(kept.automatic)
     for one in kept.automatic:
-        assert (one.mode == "non-thinking") == (at_once.get(one.number, 0.0) >= recipe.at_once)
+        likely, helps = (
+            at_once.get(one.number, 0.0) >= recipe.at_once,
+            thinking.get(one.number, 0.0) > at_once.get(one.number, 0.0),
+        )
+        assert (one.mode == "thinking") == (not likely and helps)
 
 
-def test_the_automatic_mode_thinks_where_the_answer_at_once_is_likely_wrong():
+def test_the_automatic_mode_thinks_where_the_answer_at_once_is_likely_wrong_and_thinking_helps():
     easy = [answer(1, "non-thinking", text=t) for t in "abc"] + [answer(1, "thinking")]
     hard = [
         answer(2, "non-thinking", text="a"),
@@ -167,11 +171,14 @@ def test_the_automatic_mode_thinks_where_the_answer_at_once_is_likely_wrong():
         answer(2, "thinking"),
     ]
     hopeless = [answer(3, "non-thinking", "wrong"), answer(3, "thinking", "wrong")]
-    kept = choose([*easy, *hard, *hopeless], OPEN, TOKENIZER, ROW)
-    assert [(one.number, one.mode) for one in kept.automatic] == [(1, "non-thinking"), (2, "thinking")]
+    as_likely = [
+        answer(4, mode, fault, text=t) for mode in SAMPLED for fault, t in ((None, "a"), ("wrong", "b"), ("wrong", "c"))
+    ]
+    kept = choose([*easy, *hard, *hopeless, *as_likely], OPEN, TOKENIZER, ROW)
+    assert [(one.number, one.mode) for one in kept.automatic] == [(1, "non-thinking"), (2, "thinking"), (4, "non-thinking")]
     assert kept.undecided == 1
     lines = [line for line in kept.lines() if line["thinking"] is None]
-    assert ["reasoning_content" in line["messages"][-1] for line in lines] == [False, True]
+    assert ["reasoning_content" in line["messages"][-1] for line in lines] == [False, True, False]
 
 
 def test_hard_problems_keep_several_answers_and_the_easiest_none():

@@ -2,7 +2,8 @@
 
 Every answer that is dropped is counted under the first of `FILTERS` that drops it. The difficulty of a problem is its measured
 pass rate: of the easy ones the easiest are dropped, and the others have one answer each; hard ones keep several. The
-automatic mode learns from the same answers: those without thinking where they are likely right, else those with.
+automatic mode learns from the same answers: those with thinking where those without are likely wrong and it helps, else those
+without.
 """
 
 import statistics
@@ -148,10 +149,11 @@ def pass_rates(answers: Iterable[Answer]) -> dict[int, float]:
 
 
 def _choose_automatic(kept: Kept, answers: Sequence[Answer], sound: Mapping, recipe: Harvest) -> None:
-    """One sample of each problem: at once where answers without thinking are likely right, else with thinking."""
-    at_once = pass_rates(one for one in answers if one.mode == "non-thinking")
+    """One sample of each problem: at once where answers without thinking are likely right, or thinking is no better."""
+    at_once, thinking = (pass_rates(one for one in answers if one.mode == mode) for mode in ("non-thinking", "thinking"))
     for number, own in sound.items():
-        mode = "non-thinking" if at_once.get(number, 0.0) >= recipe.at_once else "thinking"
+        enough = min(recipe.at_once, thinking.get(number, 0.0))
+        mode = "non-thinking" if at_once.get(number, 0.0) >= enough else "thinking"
         kept.automatic += own[mode][:1]
         kept.undecided += not own[mode]
 

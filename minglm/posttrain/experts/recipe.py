@@ -49,7 +49,8 @@ class Harvest:
     balance: float = 3.0
     """Of each domain, one mode has at most so many times the samples of the other one."""
     at_once: float = 0.75
-    """The automatic mode answers at once where so many of the answers without thinking are right, and else thinks."""
+    """The automatic mode answers at once where so many of the answers without thinking are right, or as many as of those with
+    it, and else thinks."""
 
     def __post_init__(self) -> None:
         for key in ("problems", "responses", "kept", "repeated_tokens"):
