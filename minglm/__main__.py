@@ -218,7 +218,8 @@ class Experts:
     seeds: tuple[int, ...] = ()
     """An iteration with each, in seed-N, and the table with intervals over them (by default the recipe's seed alone)."""
     workers: int = 1
-    """Iterations at a time, on equal shares of the cores; what several print goes into their log.txt."""
+    """Iterations at a time, on equal shares of the cores; what several print goes into their log.txt. With it goes --set
+    experts_at_once=1, or each of them has as many processes of its own as the recipe says."""
     compare: bool = False
     """Also the two other ways to one model at equal compute: on-policy distillation from the experts, and RL on all rewards
     from the start."""

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import pack
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minglm import ops
@@ -649,13 +649,16 @@ def test_the_host_never_waits_for_the_device_in_a_training_step(packed, monkeypa
             model.loss(input_ids, next_tokens(input_ids), document_ids).total.backward()
             model.update_router_bias(0.001)
 
-    # What is only done on CPUs: look at the ids, and hand each expert its own tokens.
+    # What is only done on CPUs: look at the ids, hand each expert its own tokens, and the head those that have a label.
     with pytest.raises(DataDependentOutputException):
         step()
     monkeypatch.setattr(GLM, "_check_vocabulary", lambda *arguments: None)
     with pytest.raises(RuntimeError):
         step()
     monkeypatch.setattr(ops._RoutedExperts, "apply", ops._grouped_products)
+    with pytest.raises(DynamicOutputShapeException):
+        step()
+    monkeypatch.setattr(ops, "_targets", lambda hidden, labels: (hidden, labels))
     step()
 
 
