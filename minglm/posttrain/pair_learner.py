@@ -117,7 +117,7 @@ class DPOLearner(PairLearner):
             batch.input_ids, _chosen_labels(batch), batch.document_ids, totals, detach_trunk=True
         )
         with torch.no_grad():
-            known = self.reference.hidden_and_side_losses(batch.input_ids, batch.labels, batch.document_ids)[0]
+            known = self.reference.hidden_and_experts(batch.input_ids, batch.document_ids)[0]
             reference = response_log_probs(self.reference, known, batch)
         policy = response_log_probs(self.model, hidden, batch)
         found = dpo_loss(

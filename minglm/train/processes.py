@@ -72,7 +72,7 @@ def _last_word(receiver: Connection, process: multiprocessing.context.SpawnProce
     try:
         return receiver.recv()
     except EOFError:
-        process.join()
+        process.join()  # or there is no exit code yet
         code = process.exitcode or 0
         return JobLost(f"a process has ended with {Signals(-code).name if code < 0 else code} and not said why")
     finally:
