@@ -62,9 +62,9 @@ class Ask(Problem):
     chance = 0.0
 
 
-def call(arguments):
+def call(arguments, result="3"):
     asked = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": arguments}}]}
-    return [asked, {"role": "tool", "content": "3"}]
+    return [asked, {"role": "tool", "content": result}]
 
 
 def answer(number, mode, fault=None, text=None, length=10) -> Answer:
@@ -79,6 +79,8 @@ def answer(number, mode, fault=None, text=None, length=10) -> Answer:
         response = reply(text or "it is", None if thinks else "because")
     if fault == "protocol":
         response = [*call({"a": "three"}), *response]
+    if fault == "call":
+        response = [*call({"a": 3}, "error: no such number"), *response]
     problem = Ask(number)
     one = Trajectory(problem, [1, 2, *ids], [False, False, *[True] * len(ids)], [], [], response, Verdict(1.0))
     one.parts = {"verifier": 1.0, "model": 0.2 if fault == "score" else 0.8}
@@ -92,7 +94,7 @@ def answer(number, mode, fault=None, text=None, length=10) -> Answer:
 
 
 OPEN = Harvest(problems=1, kept=9, easy_share=0.0, balance=99.0)  # nothing is dropped but for a fault of its own
-PLANTED = ("failed", "truncated", "protocol", "wrong", "mode", "repetition", "length", "score")
+PLANTED = ("failed", "truncated", "protocol", "wrong", "mode", "call", "repetition", "length", "score")
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.sampled_from(SAMPLED), st.sampled_from([None, None, *PLANTED])), max_size=24))

@@ -200,7 +200,7 @@ def _of_experts(folder: Path, recipe: ExpertsRecipe) -> Iterator[Part]:
                 attempts = 2 * problems * recipe.harvest.responses
                 answers = round / "answers" / domain
                 yield Part(f"round-{number}/answers/{domain}", f"{of}answers, {domain}", "answers", answers, attempts)
-        yield _sft(f"round-{number}/sft", f"{of}unified model", round / "sft", recipe.sft_of_round(number))
+        yield _sft(f"round-{number}/sft", f"{of}unified model", round / "sft", recipe.unified_sft)
         yield _rl(f"round-{number}/rl", f"{of}RL on it", round / "rl", recipe.unified_rl)
         yield Part(f"round-{number}/gate", f"{of}gate", "exam", round / GATE, sat * pools)
     for model in ("base", "start"):

@@ -19,6 +19,7 @@ from minglm.posttrain.experts.recipe import Harvest
 from minglm.posttrain.lint import LintError, Sample, lint
 from minglm.rl.pathology import periodic
 from minglm.rl.rollout import Trajectory
+from minglm.tasks.agents.calling import count_calls
 from minglm.tokenizer import Tokenizer
 
 FILTERS = {
@@ -27,6 +28,7 @@ FILTERS = {
     "protocol": "a call that cannot be read or is not as its tool's schema says, or marks where none belong",
     "wrong": "not the right answer; of agents: not the final state that was asked for",
     "mode": "a thinking that contradicts the mode",
+    "call": "a call that could not be done: what follows it is a repair, or a guess",
     "repetition": "the same tokens again and again",
     "length": "far longer than others that are right, or longer than a row",
     "score": "disliked by the reward model",
@@ -107,6 +109,9 @@ def fault_of(answer: Answer, recipe: Harvest, median: float | None, tokenizer: T
         lint(Sample(line["messages"], "", line["tools"], line["thinking"]), tokenizer, row)
     except LintError as error:
         return LINT.get(error.fault, "protocol")
+    calls = count_calls(one.response, one.problem.tools)
+    if calls.succeeded < calls.made:
+        return "call"
     if repeats(answer.own_ids, recipe.repeats, recipe.repeated_tokens):
         return "repetition"
     if median is not None and one.length > recipe.times_median * median:

@@ -144,7 +144,7 @@ def _round(
     print(f"\nround {number}, answers:\n\n{counts_table({domain: read_counts(answers[domain]) for domain in answers})}\n")
     distilled, practised = unified_sft(recipe, answers), recipe.unified_rl
     if made.rounds:
-        distilled = replace(distilled, base=made.kept.rl, training=recipe.sft_of_round(number).training, seed=draw)
+        distilled = replace(distilled, base=made.kept.rl, seed=draw)
         practised = replace(practised, seed=draw)
     unified = run_once(sft, distilled, folder / "sft")
     trained = run_once(rl, replace(practised, base=unified), folder / "rl")

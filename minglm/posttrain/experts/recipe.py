@@ -105,11 +105,9 @@ class ExpertsRecipe:
     So are the two other ways to one model, where they are compared."""
     rounds: int = 2
     """Of answers, SFT and RL. The first round's answers are the experts'; in later ones those of `regenerated` domains are the
-    unified model's own, after its RL (report, section 3.3, iterative self-distillation)."""
+    unified model's own, after its RL (report, section 3.3, iterative self-distillation). Their SFT goes on from the last kept
+    round's model, on other demonstrations."""
     regenerated: tuple[str, ...] = ("agent",)
-    sft_again: float = 0.5
-    """The part of [unified_sft]'s steps that later rounds have: their SFT goes on from the last kept round's model after RL, on
-    other demonstrations."""
     exam: Exam = field(default_factory=Exam)
     hardware: Hardware = field(default_factory=Hardware)
     """Of all runs."""
@@ -118,19 +116,12 @@ class ExpertsRecipe:
         require(bool(self.experts), "experts", {}, "a domain at least")
         for key in ("experts_at_once", "rounds"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        require(self.sft_again > 0, "sft_again", self.sft_again, "above 0")
         for key, named in (("regenerated", self.regenerated), ("harvest.problems_of", self.harvest.problems_of)):
             unknown = sorted(set(named) - set(self.experts))
             require(not unknown, key, tuple(unknown), f"domains of experts: {', '.join(self.experts)}")
         families = [family for one in self.experts.values() for family in one.tasks.levels]
         twice = sorted({family for family in families if families.count(family) > 1})
         require(not twice, "experts", twice, "each family in one domain: it says who teaches it")
-
-    def sft_of_round(self, number: int) -> SFTRecipe:
-        """[unified_sft], as long as the round has it. Its base and samples are the round's own."""
-        training = self.unified_sft.training
-        scale = training.scale * (self.sft_again if number > 1 else 1.0)
-        return dataclasses.replace(self.unified_sft, training=dataclasses.replace(training, scale=scale))
 
     @property
     def levels(self) -> dict[str, tuple[int, ...]]:
