@@ -26,7 +26,7 @@ from minglm.train.recipe import Recipe, load_recipe
 from minglm.train.stages import require
 
 Form = Literal["quick", "default", "full"]
-DEFAULT_TRAINING = 0.7
+DEFAULT_TRAINING = 0.8
 """Of the lengths of the stages, so that the story takes no more than half an hour on two cores."""
 FULL = 8.0
 """Times the lengths of nano's recipes."""
