@@ -50,6 +50,8 @@ from minglm.tasks import FAMILIES
 from minglm.tasks.task import Verdict
 from minglm.train.metrics import WALL_CLOCK, read_metrics
 
+AT_WILL = {"thinking": None, "opens_thinking": False}  # the policy chooses
+
 
 @pytest.fixture
 def base(tmp_path):
@@ -133,7 +135,7 @@ def test_a_turn_goes_on_over_a_change_of_weights_and_each_token_has_its_own_vers
 
 
 def test_the_server_wants_its_token_and_well_formed_messages(tmp_path):
-    order = Order(family="arithmetic", level=1, draw=1, seed=1, tokens=4, temperature=1.0).model_dump()
+    order = Order(family="arithmetic", level=1, draw=1, seed=1, tokens=4, temperature=1.0, **AT_WILL).model_dump()
     exchange = Exchange(Buffer(2, 1, 1, 0), [].extend, lambda version, number: order, time.monotonic, 10.0)
     result = Result(
         ids=[1, 2],
@@ -249,7 +251,7 @@ def test_a_workers_environments_have_their_time_and_its_attempts_are_judged_by_a
 
     def draw(version, number):
         family = ("hanging", "arithmetic")[number % 2]
-        return Order(family=family, level=1, draw=number, seed=number, tokens=40, temperature=1.5).model_dump()
+        return Order(family=family, level=1, draw=number, seed=number, tokens=40, temperature=1.5, **AT_WILL).model_dump()
 
     exchange = Exchange(Buffer(2, 8, 1, 0), [].extend, draw, time.monotonic, 60.0)
     rewards = combined(Rewards(0.0, 1.0, tmp_path / "judge"), torch.device("cpu"))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minglm import ops
-from minglm.chat import render_tokens
+from minglm.chat import MODES, render_tokens
 from minglm.config import GLMConfig
 from minglm.engine.engine import Engine
 from minglm.model import GLM
 from minglm.rl.learner import Rows
+from minglm.rl.recipe import Sampling
 from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory
 from minglm.tasks import FAMILIES
 from minglm.tasks.sandbox import SandboxError
@@ -205,3 +206,23 @@ def test_a_thinking_that_the_prompt_opens_is_not_the_policys_and_is_read_as_its_
         assert first in one.ids
     with pytest.raises(ValueError, match="opens_thinking"):
         Limits(opens_thinking=True, thinking=False)
+
+
+@LAW
+@given(st.lists(st.sampled_from(list(MODES)), min_size=1, max_size=4), st.integers(0, 9), st.integers(0, 2**32))
+def test_modes_are_dealt_out_in_turn_and_every_turn_is_asked_for_in_its_problems_own(modes, first, seed):
+    sampling = Sampling(thinking=tuple(modes), opens_thinking="thinking" in modes, tokens=6)
+    shared = Limits.of(sampling)
+    numbers = range(first, first + 5)
+    asked = [Asked(Echo(3, False), seed + n, shared.in_mode_of(sampling, n)) for n in numbers]
+    together = Rollouts(Engine(policy(), TOKENIZER, gear="exact"), TOKENIZER, shared).collect(asked)
+    for number, one in zip(numbers, together, strict=True):
+        mode = modes[number % len(modes)]
+        limits = replace(shared, thinking=MODES[mode], opens_thinking=mode == "thinking")
+        [alone] = collect([Echo(3, False)], limits, gear="exact", seed=seed + number)
+        assert (one.ids, one.sampled, one.log_probs, one.response) == (
+            alone.ids,
+            alone.sampled,
+            alone.log_probs,
+            alone.response,
+        )

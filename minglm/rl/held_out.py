@@ -9,7 +9,7 @@ from minglm.config import ConfigError
 from minglm.data.sources import HELD_OUT
 from minglm.evals.interval import Estimate, mean
 from minglm.rl.practice import RLError
-from minglm.rl.recipe import RLRecipe
+from minglm.rl.recipe import RLRecipe, Sampling
 from minglm.rl.rewards import by_source
 from minglm.rl.rollout import Asked, Rollouts, Trajectory
 from minglm.tasks import FAMILIES
@@ -38,10 +38,13 @@ class HeldOut(NamedTuple):
         return ", ".join(f"{name} {estimate.text()}" for name, estimate in self.rewards.items())
 
 
-def attempt_held_out(rollouts: Rollouts, asked: Sequence[Problem]) -> HeldOut:
-    """One attempt at each, the same draws every time. Families of which every attempt has failed are left out; raises RLError
-    where all have."""
-    attempts = rollouts.collect([Asked(problem, number) for number, problem in enumerate(asked)])
+def attempt_held_out(rollouts: Rollouts, sampling: Sampling, asked: Sequence[Problem]) -> HeldOut:
+    """One attempt at each, the same draws every time, in the modes of `sampling` in turn. Families of which every attempt has
+    failed are left out; raises RLError where all have."""
+    limits = rollouts.limits
+    attempts = rollouts.collect(
+        [Asked(problem, number, limits.in_mode_of(sampling, number)) for number, problem in enumerate(asked)]
+    )
     judged = [one for one in attempts if one.verdict is not None]
     if not judged:
         raise RLError(f"all {len(attempts)} attempts at held-out problems have failed, one of them by {attempts[0].failure}")

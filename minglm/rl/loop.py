@@ -210,7 +210,7 @@ class Loop:
     def evaluate(self, bar: tqdm) -> None:
         """Record the reward on held-out problems, always at the recipe's temperature and full length."""
         self.rollouts.limits = self.limits
-        found = attempt_held_out(self.rollouts, self.held_out)
+        found = attempt_held_out(self.rollouts, self.recipe.sampling, self.held_out)
         self.metrics.write({"step": self.step, "kind": "held_out", **found.record()})
         bar.write(f"step {self.step}: held-out reward {found}")
 
@@ -219,7 +219,7 @@ class Loop:
         found = {}
         for value in self.temperature.choices:
             self.rollouts.limits = replace(self.limits, temperature=value)
-            found[value] = attempt_held_out(self.rollouts, self.validation).rewards["all"]
+            found[value] = attempt_held_out(self.rollouts, self.recipe.sampling, self.validation).rewards["all"]
         self.temperature.choose({value: estimate.value for value, estimate in found.items()})
         rewards = [[value, *estimate.numbers] for value, estimate in found.items()]
         self.metrics.write({"step": self.step, "kind": "temperature", "rewards": rewards, "chosen": self.temperature.value})

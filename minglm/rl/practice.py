@@ -83,7 +83,11 @@ def practise(rollouts: Rollouts, curriculum: Curriculum, sampling: Sampling, see
     while found.rounds < sampling.rounds and (missing := sampling.groups - len(found.kept)) > 0:
         problems = curriculum.draw(step, drawn, missing)
         asked = [
-            Asked(problem, random.Random(f"{seed} {step} {drawn + number} {attempt}").getrandbits(62))
+            Asked(
+                problem,
+                random.Random(f"{seed} {step} {drawn + number} {attempt}").getrandbits(62),
+                rollouts.limits.in_mode_of(sampling, step + drawn + number),
+            )
             for number, (_, problem) in enumerate(problems)
             for attempt in range(sampling.group_size)
         ]

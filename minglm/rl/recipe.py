@@ -13,6 +13,8 @@ from minglm.rl.objective import Objective
 from minglm.train.recipe import Hardware, Optimizer, Recipe, Samples, Training, find_config, save_recipe
 from minglm.train.stages import require
 
+Mode = Literal["thinking", "non-thinking", "automatic"]
+
 
 @dataclass(frozen=True)
 class Tasks:
@@ -49,10 +51,12 @@ class Sampling:
     temperatures: tuple[float, ...] = ()
     """Dynamic temperature, such as [1.0, 1.1, 1.2, 1.3]: when the reward has levelled off, the highest of these whose reward
     on problems set aside is within 1% of the best one's (report, section 3.2). None: the temperature never changes."""
-    thinking: Literal["thinking", "non-thinking", "automatic"] = "thinking"
+    thinking: Mode | tuple[Mode, ...] = "thinking"
+    """Several, such as ["thinking", "automatic"]: dealt out to the problems in turn. A hybrid model that practises one mode
+    alone gets worse in the others."""
     opens_thinking: bool = False
-    """Every turn begins within a thinking that the prompt has opened, as the server does where thinking is asked for; else the
-    policy may choose not to think."""
+    """In the mode "thinking" every turn begins within a thinking that the prompt has opened, as the server does where thinking
+    is asked for; else the policy may choose not to think."""
     format_penalty: bool = True
     """A call that cannot be read ends the episode at once, with reward 0 (report, section 3.2.4)."""
     context: int | None = None
@@ -71,13 +75,19 @@ class Sampling:
         require(self.group_size >= 2, "group_size", self.group_size, "2 or more: one attempt has nothing to be judged against")
         require(bool(self.stages) and min(self.stages) >= 1, "tokens", self.tokens, "1 or more")
         require(all(value > 0 for value in self.temperatures), "temperatures", self.temperatures, "each above 0")
-        opens = self.opens_thinking and self.thinking == "non-thinking"
-        require(not opens, "opens_thinking", self.opens_thinking, "false with thinking = 'non-thinking'")
+        require(bool(self.modes), "thinking", self.thinking, "a mode at least")
+        opens = self.opens_thinking and "thinking" not in self.modes
+        require(not opens, "opens_thinking", self.opens_thinking, "false without the mode 'thinking'")
         for key in ("groups", "turns", "rounds", "context"):
             value = getattr(self, key)
             require(value is None or value >= 1, key, value, "1 or more")
         for key in ("temperature", "environment_seconds"):
             require(getattr(self, key) > 0, key, getattr(self, key), "above 0")
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """`thinking`, one after the other."""
+        return (self.thinking,) if isinstance(self.thinking, str) else self.thinking
 
     @property
     def stages(self) -> tuple[int, ...]:

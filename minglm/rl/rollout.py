@@ -7,7 +7,7 @@ template's own pieces; nothing is ever rendered a second time, so no template ca
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -98,18 +98,22 @@ class Limits:
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Limits":
-        """Those of a recipe, at its temperature and full length."""
+        """Those of a recipe, at its temperature and full length, in its first mode."""
         s = sampling
-        return cls(
+        limits = cls(
             max(s.stages),
             s.turns,
             s.temperature,
-            MODES[s.thinking],
-            s.format_penalty,
-            s.context,
-            s.environment_seconds,
-            s.opens_thinking,
+            format_penalty=s.format_penalty,
+            context=s.context,
+            seconds=s.environment_seconds,
         )
+        return limits.in_mode_of(s, 0)
+
+    def in_mode_of(self, sampling: Sampling, number: int) -> "Limits":
+        """In the mode that a recipe deals out to the problem of this number."""
+        mode = sampling.modes[number % len(sampling.modes)]
+        return replace(self, thinking=MODES[mode], opens_thinking=sampling.opens_thinking and mode == "thinking")
 
 
 class Asked(NamedTuple):
@@ -186,23 +190,6 @@ class Rollouts:
             self.judge(trajectories)
         return trajectories
 
-    def answer_ids(self, problem: Problem, messages: Sequence[Message]) -> list[int]:
-        """What follows a turn of the policy's: the world's messages, and the mark behind which the policy goes on."""
-        turn = {"role": "assistant", "content": ""}  # any: what follows it does not depend on it
-        thinking, tools = self.limits.thinking, problem.tools or None
-        before = render_tokens(self.tokenizer, [*problem.messages, turn], tools, thinking).ids
-        return self._render([*problem.messages, turn, *messages], problem)[len(before) :]
-
-    def _render(self, messages: Sequence[Message], problem: Problem) -> list[int]:
-        return render_tokens(
-            self.tokenizer,
-            messages,
-            problem.tools or None,
-            self.limits.thinking,
-            add_generation_prompt=True,
-            opens_thinking=self.limits.opens_thinking,
-        ).ids
-
 
 class Attempt:
     """A trajectory on its way: if it `has_room`, `ask` queues a turn, `take` keeps what the engine writes, and when that has
@@ -214,7 +201,7 @@ class Attempt:
         problem = self.problem
         self.environment = Environment(problem)
         self.trajectory = Trajectory(problem, [], [], [], [], temperature=self.limits.temperature)
-        self._append(rollouts._render(problem.messages, problem))
+        self._append(self._render(problem.messages))
         self.text, self.finish = "", ""
         self.experts: list[Tensor] = []  # of this turn, from the first id on
 
@@ -264,7 +251,7 @@ class Attempt:
             trajectory.experts = torch.cat(parts)
         if self.finish == "length":
             return self._lose("length", "cut off")
-        text = OPENS_THINKING + self.text if self.rollouts.limits.opens_thinking else self.text
+        text = OPENS_THINKING + self.text if limits.opens_thinking else self.text
         try:
             message = parse(text, tools or None)
         except ChatError:
@@ -283,7 +270,7 @@ class Attempt:
         if answer.verdict is not None:
             trajectory.end, trajectory.verdict = "done" if answer.done else "turns", answer.verdict
             return False
-        ids = self.rollouts.answer_ids(self.problem, answer.follows)
+        ids = self._answer_ids(answer.follows)
         if trajectory.ids[-1] != ids[0]:  # it named another speaker than the one whose turn it is
             self._lose("malformed", "a malformed call")
             return False
@@ -291,6 +278,23 @@ class Attempt:
         if self._room < 1:
             self._lose("length", "cut off")
         return self._room >= 1
+
+    def _answer_ids(self, messages: Sequence[Message]) -> list[int]:
+        """What follows a turn of the policy's: the world's messages, and the mark behind which the policy goes on."""
+        turn = {"role": "assistant", "content": ""}  # any: what follows it does not depend on it
+        asked, tools = [*self.problem.messages, turn], self.problem.tools or None
+        before = render_tokens(self.rollouts.tokenizer, asked, tools, self.limits.thinking).ids
+        return self._render([*asked, *messages])[len(before) :]
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        return render_tokens(
+            self.rollouts.tokenizer,
+            messages,
+            self.problem.tools or None,
+            self.limits.thinking,
+            add_generation_prompt=True,
+            opens_thinking=self.limits.opens_thinking,
+        ).ids
 
     def _lose(self, end: End, reason: str) -> None:
         self.trajectory.end, self.trajectory.verdict = end, Verdict(0.0, (reason,))

@@ -72,8 +72,8 @@ def _measured(
     start, last, domain_of = sat["start"], sat[f"unified-{kept}-rl"], recipe.domain_of
 
     def practised(domain: str, model: Sequence[Sat]) -> list[Sat]:
-        mode = recipe.experts[domain].sampling.thinking
-        return [one for one in model if (one.mode, domain_of[one.family]) == (mode, domain)]
+        modes = recipe.experts[domain].sampling.modes
+        return [one for one in model if one.mode in modes and domain_of[one.family] == domain]
 
     for domain in recipe.experts:
         gain = _gain(*(practised(domain, one) for one in (start, sat[f"expert-{domain}"])))

@@ -11,7 +11,7 @@ from minglm import ops
 from minglm.chat import MODES
 from minglm.checkpoint import load_model
 from minglm.engine.engine import Engine
-from minglm.rl.recipe import RLRecipe
+from minglm.rl.recipe import Mode, RLRecipe
 from minglm.rl.rewards import combined
 from minglm.rl.rollout import Asked, Limits, Rollouts, Trajectory
 from minglm.tasks import FAMILIES
@@ -19,7 +19,6 @@ from minglm.tasks.task import Problem, different_problems
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import choose_device
 
-Mode = Literal["thinking", "non-thinking", "automatic"]
 AT_ONCE = 512  # attempts between two looks at the progress
 
 

@@ -26,8 +26,8 @@ class _Strict(BaseModel):
 
 
 class Order(_Strict):
-    """A problem of the training split, by what it is drawn with; seed: of the attempts at it, and tokens and temperature: their
-    limits when it was drawn."""
+    """A problem of the training split, by what it is drawn with; seed: of the attempts at it; all else: their limits when it
+    was drawn."""
 
     family: str
     level: int
@@ -35,11 +35,14 @@ class Order(_Strict):
     seed: int
     tokens: int
     temperature: float
+    thinking: bool | None
+    opens_thinking: bool
 
     def asked(self, attempt: int, limits: Limits) -> Asked:
         """One of the attempts; limits: what else the recipe says."""
         seed = random.Random(f"{self.seed} {attempt}").getrandbits(62)
-        return Asked(self.problem(), seed, replace(limits, tokens=self.tokens, temperature=self.temperature))
+        own = self.model_dump(include={"tokens", "temperature", "thinking", "opens_thinking"})
+        return Asked(self.problem(), seed, replace(limits, **own))
 
     def problem(self) -> Problem:
         return next(problems(FAMILIES[self.family], TRAIN, self.draw, [self.level]))

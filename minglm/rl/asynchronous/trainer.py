@@ -65,9 +65,16 @@ class BufferedLoop(Loop, ABC):
         """The next problem, by what curriculum and temperature know now."""
         (family, level), draw = self.curriculum.pick(version, number)
         seed = random.Random(f"{self.recipe.seed} {number}").getrandbits(62)
-        limits = self.limits_at(version + 1)
+        limits = self.limits_at(version + 1).in_mode_of(self.recipe.sampling, number)
         return Order(
-            family=family, level=level, draw=draw, seed=seed, tokens=limits.tokens, temperature=float(limits.temperature)
+            family=family,
+            level=level,
+            draw=draw,
+            seed=seed,
+            tokens=limits.tokens,
+            temperature=float(limits.temperature),
+            thinking=limits.thinking,
+            opens_thinking=limits.opens_thinking,
         ).model_dump()
 
     def practise(self) -> Practice:
