@@ -72,10 +72,10 @@ def test_every_step_is_a_folder_and_the_table_shows_what_each_has_gained(undistu
     assert (undisturbed / "round-2/answers/agent").is_dir() and not (undisturbed / "round-2/answers/reasoning").exists()
     second = (undisturbed / "round-2/sft/config.toml").read_text()
     assert str(undisturbed / "round-1/answers/reasoning") in second
-    # It goes on from the first round's model, half as long, on other demonstrations.
+    # It goes on from the first round's model, as long, on other demonstrations.
     assert f'base = "{RunFolder(undisturbed / "round-1/rl").newest_checkpoint()}"' in second
     lengths = [RunFolder(undisturbed / f"round-{number}/sft").newest_checkpoint().name for number in (1, 2)]
-    assert lengths == ["step-40", "step-20"] and "seed = 1002" in second
+    assert lengths == ["step-40", "step-40"] and "seed = 1002" in second
     found = results_of(undisturbed)
     assert set(found["table"]) == {"base", "start", "expert", "unified", "unified_rl"}
     for rows in found["table"].values():
