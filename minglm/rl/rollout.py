@@ -19,7 +19,7 @@ from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import RequestOutput
 from minglm.rl.environment import Answer, Environment, Environments, Failure, Question
-from minglm.rl.recipe import Sampling
+from minglm.rl.recipe import Mode, Sampling
 from minglm.tasks.task import Message, Problem, Verdict
 from minglm.tokenizer import Tokenizer
 
@@ -112,8 +112,11 @@ class Limits:
 
     def in_mode_of(self, sampling: Sampling, number: int) -> "Limits":
         """In the mode that a recipe deals out to the problem of this number."""
-        mode = sampling.modes[number % len(sampling.modes)]
-        return replace(self, thinking=MODES[mode], opens_thinking=sampling.opens_thinking and mode == "thinking")
+        return self.in_mode(sampling.modes[number % len(sampling.modes)], sampling.opens_thinking)
+
+    def in_mode(self, mode: Mode, opens_thinking: bool) -> "Limits":
+        """opens_thinking: by the prompt, in the mode "thinking"."""
+        return replace(self, thinking=MODES[mode], opens_thinking=opens_thinking and mode == "thinking")
 
 
 class Asked(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 from tqdm import tqdm
 
 from minglm import ops
-from minglm.chat import MODES
 from minglm.checkpoint import load_model
 from minglm.engine.engine import Engine
 from minglm.rl.recipe import Mode, RLRecipe
@@ -59,10 +58,8 @@ class Policy:
 
     def attempt(self, asked: Sequence[Asked], mode: Mode, temperature: float, about: str) -> list[Trajectory]:
         """In order. thinking: every turn begins within a thinking, and does think; automatic: the model chooses."""
-        thinks = mode == "thinking"
-        self.rollouts.limits = replace(
-            self.limits, thinking=MODES[mode], opens_thinking=thinks, must_think=thinks, temperature=temperature
-        )
+        limits = self.limits.in_mode(mode, opens_thinking=True)
+        self.rollouts.limits = replace(limits, must_think=limits.opens_thinking, temperature=temperature)
         found = []
         with ops.using(self.gear), tqdm(total=len(asked), desc=f"{about}, {mode}", unit="attempt", leave=False) as bar:
             for start in range(0, len(asked), AT_ONCE):
