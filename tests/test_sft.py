@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from small_run import MODEL, count_calls, equal, everything_written, in_child
 
 from minglm.__main__ import main
+from minglm.chat import OPENS_THINKING
 from minglm.checkpoint import load_model
 from minglm.config import ConfigError
 from minglm.engine.engine import Engine
@@ -256,6 +258,8 @@ def test_held_out_problems_are_asked_in_both_modes(base):
     assert [one.thinking for one in responses] == [True] * 3 + [False] * 3
     assert responses == ask(Engine(model, tokenizer), recipe)
     assert measure(responses).thinking.count == 3
+    opened = ask(Engine(model, tokenizer), replace(recipe, opens_thinking=True))
+    assert all(one.text.startswith(OPENS_THINKING) for one in opened[:3]) and opened[3:] == responses[3:]
 
 
 def test_nothing_is_asked_where_the_recipe_wants_nothing(base, undisturbed):

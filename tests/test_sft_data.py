@@ -270,6 +270,20 @@ def test_in_automatic_samples_families_think_and_easy_ones_do_not():
         assert one.mask[start] and one.mask[start + 1]
 
 
+def test_the_prompt_may_open_the_thinking_of_thinking_samples_alone():
+    def shown(**changes: object) -> list:
+        recipe = Conversations(30, 1, 1, 1, families=("weekdays",), easy_families=("translation",), levels=1, **changes)
+        return list(islice(deal(recipe, TRAIN, {}, tokenizer(), 10**6, 1), 30))
+
+    think = tokenizer().special_ids["<think>"]
+    for plain, opened in zip(shown(), shown(opens_thinking=True), strict=True):
+        assert plain.ids.tolist() == opened.ids.tolist() and plain.mode == opened.mode
+        (place,) = np.flatnonzero(plain.ids == think)
+        assert plain.mask[place] == (plain.mode != "non-thinking")
+        changed = np.flatnonzero(plain.mask != opened.mask).tolist()
+        assert changed == ([place - 1, place] if plain.mode == "thinking" else [])
+
+
 def test_the_same_seed_gives_the_same_samples_and_another_one_others():
     recipe = Conversations(12, families=("arithmetic",))
     first, again, other = (

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from minglm.chat import render_tokens
+from minglm.chat import OPENS_THINKING, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.evals.interval import Estimate, share
@@ -89,12 +89,15 @@ def measure(responses: Sequence[Response]) -> ModeSwitch:
 
 
 def ask(engine: Engine, recipe: Conversations) -> list[Response]:
-    """Greedy first turns to `recipe.mode_prompts` held-out problems of its families, each in both modes."""
+    """Greedy first turns to `recipe.mode_prompts` held-out problems of its families, each in both modes; a thinking that the
+    prompt has opened stands before its response."""
     asked = _problems(recipe)
     responses = []
     for thinking in (True, False):
-        prompts, params = zip(*(_request(engine, problem, thinking) for problem in asked), strict=True)
-        responses += [Response(found.text, thinking) for found in engine.generate(list(prompts), list(params))]
+        opens = thinking and recipe.opens_thinking
+        prompts, params = zip(*(_request(engine, problem, thinking, opens) for problem in asked), strict=True)
+        begun = OPENS_THINKING if opens else ""
+        responses += [Response(begun + found.text, thinking) for found in engine.generate(list(prompts), list(params))]
     return responses
 
 
@@ -104,9 +107,10 @@ def _problems(recipe: Conversations) -> list[Problem]:
     return list(islice((problem for one in rounds for problem in one), recipe.mode_prompts))
 
 
-def _request(engine: Engine, problem: Problem, thinking: bool) -> tuple[list[int], SamplingParams]:
+def _request(engine: Engine, problem: Problem, thinking: bool, opens: bool) -> tuple[list[int], SamplingParams]:
     tokenizer, tools = engine.tokenizer, problem.tools or None
-    prompt = render_tokens(tokenizer, problem.messages, tools, thinking, add_generation_prompt=True).ids
+    asked = {"add_generation_prompt": True, "opens_thinking": opens}
+    prompt = render_tokens(tokenizer, problem.messages, tools, thinking, **asked).ids
     shown = render_tokens(tokenizer, [*problem.messages, *problem.demonstrate(thinking)], tools, thinking).ids
     limit = 3 * (len(shown) - len(prompt)) // 2 + SLACK
     room = engine.model.config.max_position_embeddings - len(prompt)

@@ -42,6 +42,9 @@ class Conversations:
     easy_families: tuple[str, ...] = ()
     """Not worth a thought: for non-thinking and automatic samples only. The prompts of thinking and automatic samples have the
     same text, so a family that is in both lists would ask for two different answers to it."""
+    opens_thinking: bool = False
+    """The `<think>` of the families' thinking samples stands in their prompts and is not learnt, as files may say of their own.
+    Whether to think is then learnt from automatic samples alone; else from thinking ones, too, whose prompts are the same."""
     family_weights: Mapping[str, float] = field(default_factory=dict)
     """How often a family's turn comes among the others of a mode; 1 for those that are not named."""
     levels: int = 2

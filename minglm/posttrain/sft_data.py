@@ -89,8 +89,7 @@ def _sources(
     for group in groups if share else ():
         own = {name: recipe.family_weights.get(name, 1.0) for name in group}
         for name in group:
-            thinking = mode != "non-thinking" and name in recipe.families
-            made = _of_family(name, split, mode, thinking, recipe.levels_of(name), tokenizer, longest, seed)
+            made = _of_family(recipe, name, split, mode, tokenizer, longest, seed)
             sources[name] = (share / len(groups) * own[name] / sum(own.values()), made)
     if pool and (recipe.file_share or not groups):
         sources["files"] = (recipe.file_share if groups else 1.0, cycle(pool))
@@ -103,12 +102,14 @@ def _sources(
 
 
 def _of_family(
-    name: str, split: str, mode: str, thinking: bool, levels: int, tokenizer: Tokenizer, longest: int, seed: int
+    recipe: Conversations, name: str, split: str, mode: str, tokenizer: Tokenizer, longest: int, seed: int
 ) -> Source:
     own = 2 * len(MODES) * seed + 2 * list(MODES).index(mode)  # problems of its own for each mode
-    for number, problem in enumerate(problems_of(name, split, own, levels), 1):
+    thinks = mode != "non-thinking" and name in recipe.families
+    opens = mode == "thinking" and recipe.opens_thinking
+    for number, problem in enumerate(problems_of(name, split, own, recipe.levels_of(name)), 1):
         where = f"{name} ({mode}, {split}), sample {number}"
-        sample = Sample([*problem.messages, *problem.demonstrate(thinking)], where, problem.tools, MODES[mode])
+        sample = Sample([*problem.messages, *problem.demonstrate(thinks)], where, problem.tools, MODES[mode], opens)
         yield _read(sample, name, tokenizer, longest)
 
 
