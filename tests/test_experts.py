@@ -17,6 +17,7 @@ from small_run import in_child
 from minglm.__main__ import main
 from minglm.checkpoint import load_model
 from minglm.config import ConfigError
+from minglm.posttrain.experts import exam
 from minglm.posttrain.experts.exam import Sat, difference, questions, score
 from minglm.posttrain.experts.filters import FILTERS
 from minglm.posttrain.experts.paths import PATHS, compare, spent_by
@@ -272,6 +273,22 @@ def test_problems_that_judge_are_not_those_that_choose():
     judging, choosing = ({one.problem.key for one in own} for own in found)
     assert not judging & choosing and len(judging) == len(found.judging) == 24
     assert found == questions({"arithmetic": (1, 2), "say_no": (1,)}, Exam(problems=8), seed=1)
+
+
+def test_an_exam_may_allow_more_turns_than_practice(base, tmp_path, monkeypatch):
+    allowed = []
+
+    class Seen(exam.Policy):
+        def __init__(self, folder, recipe):
+            super().__init__(folder, recipe)
+            allowed.append(self.rollouts.limits.turns)
+
+    monkeypatch.setattr(exam, "Policy", Seen)
+    recipe = small_recipe(base).unified_rl
+    asked = questions({"say_no": (1,)}, Exam(problems=1), seed=1).judging
+    for turns in (None, 3):
+        exam.sit(base, recipe, asked, Exam(problems=1, turns=turns), tmp_path / str(turns), "exam")
+    assert allowed == [recipe.sampling.turns, 3] and recipe.sampling.turns != 3
 
 
 def counts(folder: Path, **kept: int) -> Path:

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -285,6 +286,21 @@ def test_draws_are_a_function_of_seed_step_and_state():
     first.learn([EASY] * 5, [1, 0, 1, 0, 1])
     again.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert again.draw(9, 0, 8) == first.draw(9, 0, 8) and again.state_dict() == first.state_dict()
+
+
+@pytest.mark.parametrize("curriculum", ["none", "pass_rate", "pathology"])
+def test_families_come_as_often_as_their_weights_say(curriculum):
+    levels = {"arithmetic": (1, 2), "clock": (1,)}
+    drawn = Curriculum(Tasks(levels, curriculum, {"arithmetic": 2}), 1)
+    picked = Counter(drawn.pick(1, number)[0] for number in range(3000))
+    for pool, share in ((EASY, 2 / 5), (MIDDLE, 2 / 5), (("clock", 1), 1 / 5)):
+        assert abs(picked[pool] / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5
+    for weights, said in (
+        ({"weekdays": 2}, "family_weights: found 'weekdays'"),
+        ({"clock": 0}, "family_weights.clock: found 0"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            Tasks(levels, family_weights=weights)
 
 
 def test_the_gear_is_as_it_was_after_a_run(base, tmp_path):

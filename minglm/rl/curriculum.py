@@ -76,9 +76,13 @@ class Curriculum:
         if self.tasks.curriculum == "pathology":
             if self.provoking and rng.random() >= NEW:
                 return rng.choices(list(self.provoking), [statistics.fmean(shown) for shown in self.provoking.values()])[0]
-            return rng.choice(self.pools), rng.getrandbits(62)
-        pool = rng.choice(self.pools if rng.random() < EXPLORED else self.chosen())
+            return self._one_of(self.pools, rng), rng.getrandbits(62)
+        pool = self._one_of(self.pools if rng.random() < EXPLORED else self.chosen(), rng)
         return pool, rng.getrandbits(62)
+
+    def _one_of(self, pools: list[Pool], rng: random.Random) -> Pool:
+        """By the weights of their families."""
+        return rng.choice([pool for pool in pools for _ in range(self.tasks.family_weights.get(pool[0], 1))])
 
     def rate(self, pool: Pool) -> float | None:
         """The pass rate of the last attempts; None without any."""

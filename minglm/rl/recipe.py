@@ -26,11 +26,16 @@ class Tasks:
     """none: all difficulties equally often. pass_rate: moderate ones first, those the policy solves now and then; when the
     reward has levelled off, hard ones, too, of which it has solved one at least (report, section 3.2). pathology: problems that
     attempts were pathological at come again, by how often they were (report, section 3.4)."""
+    family_weights: Mapping[str, int] = field(default_factory=dict)
+    """So many times as often as those of other families a family's difficulties come, each of them; 1 where none is named."""
 
     def __post_init__(self) -> None:
         require(bool(self.levels), "levels", self.levels, "a family, and its difficulties")
         for family, levels in self.levels.items():
             require(bool(levels), f"levels.{family}", levels, "one difficulty at least")
+        for family, weight in self.family_weights.items():
+            require(family in self.levels, "family_weights", family, f"families of levels: {', '.join(self.levels)}")
+            require(weight >= 1, f"family_weights.{family}", weight, "1 or more")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import json
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def sit(model: Path, recipe: RLRecipe, asked: Sequence[Placed], exam: Exam, fold
     """The model's attempts at all problems in all modes, by the recipe's lengths and rewards; kept in `folder`, which is read
     instead when it is there."""
     if not (folder / RECORDS).is_file():
-        policy = Policy(model, recipe)
+        policy = Policy(model, replace(recipe, sampling=replace(recipe.sampling, turns=exam.turns or recipe.sampling.turns)))
         found, conversations = [], []
         for mode in MODES:
             seeded = [

@@ -76,9 +76,13 @@ class Exam:
     problems: int = 32
     """Of each difficulty of each family, to judge by; as many others decide whether a round is kept."""
     temperature: float = 1.0
+    turns: int | None = None
+    """Of one attempt, at most; by default as in RL on the unified model, which may allow fewer, so that it does not pay there to
+    try one call after the other."""
 
     def __post_init__(self) -> None:
         require(self.problems >= 1, "problems", self.problems, "1 or more")
+        require(self.turns is None or self.turns >= 1, "turns", self.turns, "1 or more")
         require(self.temperature > 0, "temperature", self.temperature, "above 0")
 
 
