@@ -296,8 +296,8 @@ def test_families_come_as_often_as_their_weights_say(curriculum):
     for pool, share in ((EASY, 2 / 5), (MIDDLE, 2 / 5), (("clock", 1), 1 / 5)):
         assert abs(picked[pool] / 3000 - share) < 4 * (share * (1 - share) / 3000) ** 0.5
     for weights, said in (
-        ({"weekdays": 2}, "family_weights: found 'weekdays'"),
-        ({"clock": 0}, "family_weights.clock: found 0"),
+        ({"weekdays": 2}, "family_weights = 'weekdays'"),
+        ({"clock": 0}, "family_weights.clock = 0"),
     ):
         with pytest.raises(ConfigError, match=said):
             Tasks(levels, family_weights=weights)
