@@ -77,7 +77,7 @@ class Exam:
     """Of each difficulty of each family, to judge by; as many others decide whether a round is kept."""
     temperature: float = 1.0
     turns: int | None = None
-    """Of one attempt, at most; by default as in RL on the unified model, where fewer make sense: to try one call after the other
+    """Of one attempt, at most; by default as in RL on the unified model, where fewer make sense: to try one call after another
     does not pay then."""
 
     def __post_init__(self) -> None:
