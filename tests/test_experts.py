@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_experts import know_families, run_experts, small_recipe, write_base
+from small_experts import SayNo, know_families, run_experts, small_recipe, write_base
 from small_run import in_child
 
 from minglm.__main__ import main
@@ -22,6 +22,7 @@ from minglm.posttrain.experts.exam import Sat, difference, questions, score
 from minglm.posttrain.experts.filters import FILTERS
 from minglm.posttrain.experts.paths import PATHS, compare, spent_by
 from minglm.posttrain.experts.pipeline import ExpertsError, Made, Round, Stopped, experts, gate_of, unified_sft
+from minglm.posttrain.experts.policy import Placed
 from minglm.posttrain.experts.recipe import Exam, ExpertsRecipe, load_experts_recipe, save_experts_recipe
 from minglm.posttrain.experts.results import write_results_of_seeds
 from minglm.posttrain.lint import Sample, read_samples
@@ -291,6 +292,19 @@ def test_an_exam_may_allow_more_turns_than_practice(base, tmp_path, monkeypatch)
     assert allowed == [recipe.sampling.turns, 3] and recipe.sampling.turns != 3
 
 
+class Broken(SayNo):
+    def verify(self, response):
+        raise OSError("the sandbox is gone")
+
+
+def test_an_exam_that_tells_nothing_is_not_kept(undisturbed, tmp_path):
+    model = RunFolder(undisturbed / "start").newest_checkpoint()
+    asked = [Placed("say_no", 1, Broken(number)) for number in range(2)]
+    with pytest.raises(exam.ExpertsError, match="all 2 attempts at say_no have failed.*the sandbox is gone"):
+        exam.sit(model, small_recipe(model).unified_rl, asked, Exam(), tmp_path / "exam", "exam")
+    assert not (tmp_path / "exam").exists()
+
+
 def counts(folder: Path, **kept: int) -> Path:
     folder.mkdir()
     kept = {"thinking": 0, "non-thinking": 0, "automatic": 0} | {name.replace("_", "-"): n for name, n in kept.items()}
@@ -309,13 +323,15 @@ def test_every_sample_is_dealt_and_a_mode_without_any_is_left_out(base, tmp_path
 
 
 def test_recipes_share_what_stands_once_and_come_back_as_they_were_written(tmp_path):
-    recipe = load_experts_recipe("nano", ["experts.agent.steps=7", "rl.sampling.turns=3", "seed=5"])
+    recipe = load_experts_recipe("nano", ["experts.agent.steps=7", "rl.sampling.tokens=33", "seed=5"])
     assert recipe.experts["agent"].steps == 7 != recipe.experts["reasoning"].steps
     runs = [*recipe.experts.values(), recipe.unified_rl]
-    assert {one.sampling.turns for one in runs} == {3} and {one.seed for one in (*runs, recipe.start)} == {5}
+    assert {one.sampling.tokens for one in runs} == {33} and {one.seed for one in (*runs, recipe.start)} == {5}
     assert set(recipe.unified_rl.tasks.levels) == set(recipe.domain_of)
     save_experts_recipe(recipe, tmp_path / "config.toml")
     assert load_experts_recipe(tmp_path / "config.toml") == recipe
+    with pytest.raises(ConfigError, match="rl.steps=3.*wanted experts.reasoning or .* unified_rl in place of rl"):
+        load_experts_recipe(tmp_path / "config.toml", ["rl.steps=3"])
     for change, message in (
         ("experts.agent.stepz=7", "unknown key 'stepz'"),
         ("rounds=1,2", "found 2 values"),

@@ -67,6 +67,17 @@ def call(arguments, result="3"):
     return [asked, {"role": "tool", "content": result}]
 
 
+def test_what_has_a_veto_in_practice_has_one_here():
+    answers = [answer(number, "thinking") for number in range(4)]
+    for one, pathology, liked in zip(answers, (1.0, 0.0, 1.0, 0.4), (0.8, 0.8, 0.6, 0.8), strict=True):
+        one.attempt.parts |= {"pathology": pathology, "model": liked}
+    taught = {
+        names: [one.number for one in choose(answers, OPEN, TOKENIZER, ROW, dict.fromkeys(names, 0.7)).answers["thinking"]]
+        for names in ((), ("pathology",), ("pathology", "model"))
+    }
+    assert taught == {(): [0, 1, 2, 3], ("pathology",): [0, 2], ("pathology", "model"): [0]}
+
+
 def answer(number, mode, fault=None, text=None, length=10) -> Answer:
     """A right answer of `length` different tokens, with a fault planted."""
     thinks = "because" if mode == "thinking" else None

@@ -7,11 +7,13 @@ import re
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import httpx
 import pytest
@@ -32,9 +34,9 @@ from minglm.engine.engine import Engine
 from minglm.rl.asynchronous import bench, staleness
 from minglm.rl.asynchronous.buffer import Buffer
 from minglm.rl.asynchronous.exchange import Exchange, Journal, replay
-from minglm.rl.asynchronous.messages import Delivery, Experts, Order, Poll, Result
+from minglm.rl.asynchronous.messages import Delivery, Experts, Order, Poll, Result, Span
 from minglm.rl.asynchronous.server import Server
-from minglm.rl.asynchronous.timeline import read_spans
+from minglm.rl.asynchronous.timeline import read_spans, write_spans
 from minglm.rl.asynchronous.weights import WeightsError, checksums, take_weights, write_weights
 from minglm.rl.asynchronous.worker import Connection, Worker, WorkerError, work
 from minglm.rl.environment import Failure
@@ -534,3 +536,26 @@ def test_the_benchmark_says_how_fast_both_modes_are(capsys, tmp_path):
     found = re.search(r"synchronous ([\d.]+), asynchronous ([\d.]+); ratio", capsys.readouterr().out)
     assert float(found[1]) > 0 and float(found[2]) > 0
     assert (tmp_path / "asynchronous-0" / "timeline.png").is_file()
+
+
+# ------------------------------------------------------------------------------------------------------------ timeline
+
+
+@given(st.integers(0, 4), st.integers(0, 200))
+def test_what_a_kill_has_cut_off_is_written_over(before, kept):
+    spans = [Span(who="trainer", what="training", start=float(n), end=n + 0.5) for n in range(6)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "timeline.jsonl"
+        write_spans(spans[: before + 1], path)
+        whole = path.read_bytes()
+        begin = whole[:-1].rfind(b"\n") + 1
+        path.write_bytes(whole[: min(begin + kept, len(whole) - 1)])  # of the last one a part, without its end
+        assert read_spans(path) == spans[:before]
+        write_spans(spans[5:], path)
+        assert read_spans(path) == [*spans[:before], spans[5]]
+
+
+@pytest.mark.parametrize("host", ["", "0.0.0.0", "::"])
+def test_workers_need_an_address_that_leads_to_the_trainer(host):
+    with pytest.raises(ConfigError, match="host = "):
+        Asynchronous(host=host)

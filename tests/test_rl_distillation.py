@@ -16,6 +16,7 @@ from minglm.rl.distillation import DistillationLearner, load_teachers, reverse_k
 from minglm.rl.loop import rl
 from minglm.rl.objective import Objective
 from minglm.rl.recipe import Sampling, Tasks, load_rl_recipe
+from minglm.rl.rehearsal import rehearse
 from minglm.rl.rollout import Limits
 from minglm.tasks.task import Verdict
 from minglm.train.device import choose_device
@@ -102,6 +103,16 @@ def test_a_step_is_the_same_however_it_is_cut_and_each_family_has_its_teacher(ba
     for loss, weights in found:
         assert loss == pytest.approx(wanted / count, rel=1e-4)
         torch.testing.assert_close(weights, found[0][1], rtol=0, atol=2e-4)
+
+
+def test_a_rehearsal_asks_the_teacher_for_all_that_a_step_asks_it(base):  # noqa: F811
+    teacher, seen = policy(3), []
+    learner = learner_of(base, {"echo": teacher})
+    teacher.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(tuple(logits.shape)))
+    before = [p.detach().clone() for p in learner.model.parameters()]
+    rehearse(learner, 21, 2)
+    assert seen == [(2 * 20, CONFIG.vocab_size)]
+    assert all(torch.equal(old, new) for old, new in zip(before, learner.model.parameters(), strict=True))
 
 
 def test_a_student_comes_near_its_teacher(base):  # noqa: F811

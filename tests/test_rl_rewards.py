@@ -215,8 +215,11 @@ def completion(content) -> str:
 
 
 def called(arguments) -> str:
-    call = {"id": "a", "type": "function", "function": {"name": "grade", "arguments": arguments}}
-    choice = {"index": 0, "finish_reason": "tool_calls", "message": {"role": "assistant", "content": "", "tool_calls": [call]}}
+    return with_calls([{"id": "a", "type": "function", "function": {"name": "grade", "arguments": arguments}}])
+
+
+def with_calls(calls) -> str:
+    choice = {"index": 0, "finish_reason": "tool_calls", "message": {"role": "assistant", "content": "", "tool_calls": calls}}
     return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
 
 
@@ -268,6 +271,8 @@ def test_grades_by_call_become_rewards_and_arguments_that_are_none_no_verdict(ca
         "list": (200, called("[9]")),
         "broken": (200, called('{"grade": ')),
         "wordy": (200, completion("Grade: 9")),
+        **{f"other {call!r}": (200, with_calls([call])) for call in ({}, {"function": None}, "grade", {"type": "custom"})},
+        "none": (200, with_calls(None)),
     }
 
     def answer(question):
@@ -275,8 +280,8 @@ def test_grades_by_call_become_rewards_and_arguments_that_are_none_no_verdict(ca
 
     with endpoint(answer) as (url, asked), caplog.at_level(logging.WARNING):
         found = grader(url, by_call=True).judge([Case(Echo(1, False), reply(name)) for name in answers])
-    assert [one and one.reward for one in found] == [0.9, 0.0] + [None] * 8
-    assert caplog.text.count("no verdict of the grader for a problem of echo") == 8
+    assert [one and one.reward for one in found] == [0.9, 0.0] + [None] * 13
+    assert caplog.text.count("no verdict of the grader for a problem of echo") == 13
     assert all(one["tool_choice"]["function"]["name"] == one["tools"][0]["function"]["name"] == "grade" for one in asked)
 
 

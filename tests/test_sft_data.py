@@ -394,6 +394,7 @@ FAULTY = [
     ("arguments", calling(arguments={"city": "a", "unit": "K"}), {}, "'K' is not one of ['C', 'F']"),
     ("arguments", calling(arguments={"city": "a", "town": "b"}), {}, "'town' was unexpected"),
     ("arguments", calling(name="wether"), {}, "calls 'wether'; wanted one of the tools: weather"),
+    ("arguments", calling(name=["weather"]), {}, "calls ['weather']; wanted one of the tools: weather"),
     ("mode", [user("a"), assistant("b")], {"thinking": True}, "no message after the last user's thinks"),
     ("mode", [user("a"), assistant("b", reasoning_content="c")], {"thinking": False}, "messages[1] thinks"),
     ("format", [user(3), assistant("b")], {}, "messages[0].content"),

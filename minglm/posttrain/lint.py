@@ -220,7 +220,7 @@ def _call_faults(messages: Sequence[Mapping[str, Any]], schemas: Mapping[str, Ma
         for number, call in enumerate(_calls(message)):
             function, where = _function(call), f"messages[{index}].tool_calls[{number}]"
             name, arguments = function.get("name"), function.get("arguments")
-            if name not in schemas:
+            if not isinstance(name, str) or name not in schemas:
                 yield (
                     "arguments",
                     f"{where} calls {name!r:.40}; wanted one of the tools: {', '.join(schemas) or 'there are none'}",

@@ -56,8 +56,8 @@ def costs_section(story: Story, record: Record, parts: Sequence[Part]) -> Html:
     spent = sum(record.seconds.values())
     rows.append(["all", duration(spent), f"{sum(flops.values()):.2e}", "–"])
     text = (
-        "Training counts a forward and a backward pass through what a token meets, the MTP layer included; attempts count the "
-        "forward pass of the tokens that the model chose, prompts and what tools answered left out."
+        "Training counts a forward and a backward pass through what a token meets, with the MTP layer where it learns; "
+        "attempts count the forward pass of the tokens that the model chose, prompts and what tools answered left out."
     )
     chart = (bars(drawn, "seconds"), "Time by part, minutes and seconds.")
     tables = table(["part", "time", "FLOPs", "rate"], rows)
@@ -76,10 +76,13 @@ def flops_of(story: Story, part: Part) -> float | None:
     if part.metrics is not None and part.metrics.is_file():
         steps = [one for one in read_metrics(part.metrics) if one["kind"] == "step"]
         if part.kind == "sft" and steps:
-            return steps[-1]["tokens"] * training_flops_per_token(config, story.experts.start.training.sequence_length)
+            recipe = story.experts.start if part.name == "start" else story.experts.unified_sft
+            return steps[-1]["tokens"] * training_flops_per_token(config, recipe.training.sequence_length)
         if part.kind == "rl" and steps:
+            recipe = story.experts.experts.get(folder.name, story.experts.unified_rl)
             generated, trained = (sum(one[f"{what}_tokens"] for one in steps) for what in ("generated", "trained"))
-            return _forward(config, generated) + trained * training_flops_per_token(config, _length(config))
+            both_ways = 3 * forward_flops_per_token(config, _length(config), mtp=recipe.mtp_weight > 0)
+            return _forward(config, generated) + trained * both_ways
     if part.kind == "answers" and (part.result / COUNTS).is_file():
         return _forward(config, read_counts(part.result)["generated_tokens"])
     sat = folder / "gate" if part.result.name == GATE else folder

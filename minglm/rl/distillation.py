@@ -86,6 +86,11 @@ class DistillationLearner(PolicyLearner):
         gaps, entropy = self.looked_at(batches, before, version)
         return StepNumbers((loss / self.passes).item(), 0.0, norm.item(), 0.0, 0.0, entropy, 1.0, gaps)
 
+    def rehearse(self, rows: Rows) -> None:
+        before, totals = self.before([rows]), self.totals([rows])
+        largest = max(self.teachers.values(), key=lambda one: sum(p.numel() for p in one.parameters()))
+        self.follow(rows, largest, before.replayed[0], rows.sampled.sum(), totals)
+
     def follow(self, rows: Rows, teacher: GLM, experts: Tensor | None, total: Tensor, totals: LossTotals) -> Tensor:
         """Add a micro-batch's gradients -> its part of the loss, 0-dimensional. experts: to be replayed; total: the tokens of
         the whole step that count."""

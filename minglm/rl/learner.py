@@ -242,6 +242,15 @@ class PolicyLearner(Learner):
         self.model.update_router_bias(self.stage.router_bias_rate)
         return norm
 
+    def rehearse(self, rows: Rows) -> None:
+        """Go through all that a step does with a micro-batch, (b, t); its gradients mean nothing."""
+        before, advantages = self.before([rows]), torch.ones(rows.labels.shape, device=rows.labels.device)
+        reference, values = before.reference, before.values
+        firsts = (before.replayed[0], before.old[0], reference and reference[0], values and values[0])
+        known = Known(rows, *firsts, rows.sampled, advantages, torch.zeros_like(advantages))
+        total = count(self.objective, rows.sampled.flatten(), rows.sequence_ids)
+        self.backward(known, total, self.totals([rows]))
+
     def backward(self, known: Known, total: Tensor, totals: LossTotals) -> tuple[Tensor, Tensor]:
         """Add a micro-batch's gradients of all losses -> those of policy and critic, and the shares clipped and dropped, (4,)
         fp32; and what the policy says of the labels, as `log_probs` does. total, totals: what the whole step counts, for the

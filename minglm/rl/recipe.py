@@ -160,6 +160,8 @@ class Asynchronous:
     """virtual: one process, workers played with drawn durations; the schedule is the same every time."""
 
     def __post_init__(self) -> None:
+        wildcard = self.host in ("", "0.0.0.0", "::")
+        require(not wildcard, "host", self.host, "an address by which workers reach the trainer, not all addresses")
         for key in ("max_staleness", "workers"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         require(self.room >= 1, "room", self.room, "1 or more")

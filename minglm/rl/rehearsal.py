@@ -9,9 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from minglm.model import LossTotals
-from minglm.rl.algorithms import count
-from minglm.rl.learner import Known, PolicyLearner
+from minglm.rl.learner import PolicyLearner
 from minglm.rl.rows import Rows
 
 
@@ -97,10 +95,4 @@ def _micro_batch(learner: PolicyLearner, b: int, t: int) -> None:
     if learner.routing_replay == "R3":
         with torch.no_grad():
             rows = rows._replace(experts=learner.model.hidden_and_experts(rows.input_ids)[1])
-    before = learner.before([rows])
-    reference, values = before.reference, before.values
-    known = Known(
-        rows, before.replayed[0], before.old[0], reference and reference[0], values and values[0], own, zeros + 1, zeros
-    )
-    totals = LossTotals(*learner.model.count_targets(rows.labels, rows.document_ids))
-    learner.backward(known, count(learner.objective, own.flatten(), rows.sequence_ids), totals)
+    learner.rehearse(rows)

@@ -144,8 +144,7 @@ class Grader:
             message = self.endpoint.ask(messages, tokens=GRADE_TOKENS, **self.forced).message
         except EndpointError as error:
             return no_verdict(case, "grader", str(error))
-        calls = message.get("tool_calls")
-        found = (calls[0]["function"].get("arguments") if calls else None) if self.by_call else message["content"]
+        found = _first_arguments(message) if self.by_call else message["content"]
         grade = called_grade(found) if self.by_call else read_grade(found)
         if grade is None:
             return no_verdict(case, "grader", f"found no single grade from 0 to 10 in {found!r:.200}")
@@ -158,7 +157,15 @@ def read_grade(content: str | None) -> int | None:
     return int(grades[0]) if len(grades) == 1 and int(grades[0]) <= 10 else None
 
 
-def called_grade(arguments: str | None) -> int | None:
+def _first_arguments(message: Message) -> object:
+    """Of the first call in an endpoint's answer; None where there is none, or none that can be read."""
+    try:
+        return message["tool_calls"][0]["function"]["arguments"]
+    except (KeyError, IndexError, TypeError):
+        return None
+
+
+def called_grade(arguments: object) -> int | None:
     """The grade in a call's arguments, which not every endpoint holds to the schema; None where they are not as it says."""
     try:
         found = json.loads(arguments) if isinstance(arguments, str) else None

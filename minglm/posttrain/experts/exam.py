@@ -7,6 +7,7 @@ exams/MODEL/conversations.json       of each pool and mode the attempt at its fi
 import json
 import random
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -26,6 +27,10 @@ from minglm.tasks.task import HELD_OUT
 from minglm.tokenizer import Tokenizer
 
 RECORDS, CONVERSATIONS = "attempts.json", "conversations.json"
+
+
+class ExpertsError(RuntimeError):
+    """An iteration that cannot go on: nothing that its models have done tells anything, or may be learnt from."""
 
 
 class Questions(NamedTuple):
@@ -66,7 +71,7 @@ def questions(levels: Mapping[str, tuple[int, ...]], exam: Exam, seed: int) -> Q
 
 def sit(model: Path, recipe: RLRecipe, asked: Sequence[Placed], exam: Exam, folder: Path, about: str) -> list[Sat]:
     """The model's attempts at all problems in all modes, by the recipe's lengths and rewards; kept in `folder`, which is read
-    instead when it is there."""
+    instead when it is there. Raises `ExpertsError`, and keeps nothing, where all attempts at a family's problems failed."""
     if not (folder / RECORDS).is_file():
         policy = Policy(model, replace(recipe, sampling=replace(recipe.sampling, turns=exam.turns or recipe.sampling.turns)))
         found, conversations = [], []
@@ -75,6 +80,7 @@ def sit(model: Path, recipe: RLRecipe, asked: Sequence[Placed], exam: Exam, fold
                 Asked(one.problem, random.Random(f"exam {mode} {number}").getrandbits(62)) for number, one in enumerate(asked)
             ]
             attempts = policy.attempt(seeded, mode, exam.temperature, about)
+            _refuse_failures(asked, attempts, f"{about} ({model}), {mode}")
             pairs = list(zip(asked, attempts, strict=True))
             found += [_record(at, mode, one, policy.tokenizer) for at, one in pairs]
             firsts = [next(own) for _, own in groupby(pairs, key=lambda pair: (pair[0].family, pair[0].level))]
@@ -83,6 +89,17 @@ def sit(model: Path, recipe: RLRecipe, asked: Sequence[Placed], exam: Exam, fold
             _write_lines(aside / RECORDS, found)
             _write_lines(aside / CONVERSATIONS, conversations)
     return read_attempts(folder)
+
+
+def _refuse_failures(asked: Sequence[Placed], attempts: Sequence[Trajectory], about: str) -> None:
+    for family in dict.fromkeys(at.family for at in asked):
+        own = [one for at, one in zip(asked, attempts, strict=True) if at.family == family]
+        if all(one.verdict is None for one in own):
+            (reason, count), *_ = Counter(str(one.failure) for one in own).most_common(1)
+            raise ExpertsError(
+                f"{about}: all {len(own)} attempts at {family} have failed, by no fault of the model's; most often: {reason} "
+                f"({count} times). Nothing was kept of this exam; the same command goes on with it"
+            )
 
 
 def read_attempts(folder: Path) -> list[Sat]:

@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -31,7 +32,7 @@ FILTERS = {
     "call": "a call that could not be done: what follows it is a repair, or a guess",
     "repetition": "the same tokens again and again",
     "length": "far longer than others that are right, or longer than a row",
-    "score": "disliked by the reward model",
+    "score": "disliked by the reward model, or what RL has a veto against",
     "duplicate": "the same as another answer to the problem",
     "surplus": "more right answers to a problem than are kept",
     "easy": "the problem is solved too often to teach much",
@@ -40,6 +41,7 @@ FILTERS = {
 LINT = {"mode": "mode", "too long": "length"}  # the fault of a sample -> its filter; all others: protocol
 SampledMode = Literal["thinking", "non-thinking"]
 SAMPLED: tuple[SampledMode, ...] = ("thinking", "non-thinking")
+NO_VETOES: Mapping[str, float] = MappingProxyType({})
 
 
 class Answer(NamedTuple):
@@ -92,9 +94,11 @@ def repeats(ids: Sequence[int], times: int, tokens: int) -> bool:
     return any(lengths.max() >= max(times, -(-tokens // period)) * period for period, _, lengths in stretches)
 
 
-def fault_of(answer: Answer, recipe: Harvest, median: float | None, tokenizer: Tokenizer, row: int) -> str | None:
+def fault_of(
+    answer: Answer, recipe: Harvest, median: float | None, tokenizer: Tokenizer, row: int, vetoes: Mapping[str, float]
+) -> str | None:
     """The first of `FILTERS` that drops the answer by itself; None if it may be learnt from. median: tokens of the right ones
-    of its pool; row: tokens of the longest sample that `sft` takes."""
+    of its pool; row: tokens of the longest sample that `sft` takes; vetoes: sources of rewards, and what each has to give."""
     one = answer.attempt
     if one.verdict is None:
         return "failed"
@@ -116,11 +120,14 @@ def fault_of(answer: Answer, recipe: Harvest, median: float | None, tokenizer: T
         return "repetition"
     if median is not None and one.length > recipe.times_median * median:
         return "length"
-    return "score" if one.parts.get("model", 1.0) < recipe.score else None
+    wanted = {**vetoes, "model": max(recipe.score, vetoes.get("model", 0.0))}
+    return "score" if any(one.parts.get(source, 1.0) < least for source, least in wanted.items()) else None
 
 
-def choose(answers: Sequence[Answer], recipe: Harvest, tokenizer: Tokenizer, row: int) -> Kept:
-    """From the attempts at a domain's problems those that are learnt from."""
+def choose(
+    answers: Sequence[Answer], recipe: Harvest, tokenizer: Tokenizer, row: int, vetoes: Mapping[str, float] = NO_VETOES
+) -> Kept:
+    """From the attempts at a domain's problems those that are learnt from; arguments as those of `fault_of`."""
     lengths: dict[tuple, list[int]] = {}
     for one in answers:
         if is_right(one.attempt):
@@ -129,7 +136,7 @@ def choose(answers: Sequence[Answer], recipe: Harvest, tokenizer: Tokenizer, row
     took: Counter[str] = Counter()
     sound: dict[int, dict[SampledMode, list[Answer]]] = {}
     for one in answers:
-        fault = fault_of(one, recipe, medians.get(one.pool), tokenizer, row)
+        fault = fault_of(one, recipe, medians.get(one.pool), tokenizer, row, vetoes)
         own = sound.setdefault(one.number, {mode: [] for mode in SAMPLED})[one.mode]
         if fault is None and any(one.attempt.response == other.attempt.response for other in own):
             fault = "duplicate"

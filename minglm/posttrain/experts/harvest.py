@@ -25,9 +25,9 @@ def harvest(model: Path, domain: str, expert: RLRecipe, recipe: Harvest, row: in
 
     row: tokens of the longest sample; draw: another one gives other problems, of which RL's may be some.
     """
-    # Every source is asked about every answer: its filter decides, not a veto.
-    rewards = replace(expert.rewards, verifier=expert.rewards.verifier or 1.0, vetoes=())
-    policy = Policy(model, replace(expert, rewards=rewards))
+    # Every source is asked about every answer, those that can only veto, too: its filter decides.
+    asked_too = {name: getattr(expert.rewards, name) or 1.0 for name in ("verifier", *expert.rewards.vetoes)}
+    policy = Policy(model, replace(expert, rewards=replace(expert.rewards, **asked_too, vetoes=())))
     placed = different(expert.tasks.levels, TRAIN, draw, recipe.count(domain))
     answers: list[Answer] = []
     for mode in SAMPLED:
@@ -40,7 +40,7 @@ def harvest(model: Path, domain: str, expert: RLRecipe, recipe: Harvest, row: in
         answers += [
             Answer(place // recipe.responses, placed[place // recipe.responses], mode, one) for place, one in enumerate(found)
         ]
-    kept = choose(answers, recipe, policy.tokenizer, row)
+    kept = choose(answers, recipe, policy.tokenizer, row, dict.fromkeys(expert.rewards.vetoes, expert.rewards.veto_below))
     counts = {
         "problems": len(placed),
         "attempts": len(answers),

@@ -91,7 +91,8 @@ def student_recipe(recipe: ExpertsRecipe, made: Made, compute: int) -> RLRecipe:
 def _within(recipe: RLRecipe, made: Made, compute: int) -> RLRecipe:
     """The recipe from the start until so much compute is spent: at least one token of each attempt."""
     steps = max(1, compute // (recipe.sampling.groups * recipe.sampling.group_size))
-    return replace(recipe, base=made.start, compute_budget=max(1, compute), steps=steps)
+    sampling = replace(recipe.sampling, tokens=recipe.sampling.stages[-1])  # stages would be parts of steps that never come
+    return replace(recipe, base=made.start, compute_budget=max(1, compute), steps=steps, sampling=sampling)
 
 
 def _spent_in_round(folder: Path, number: int, recipe: ExpertsRecipe) -> Spent:

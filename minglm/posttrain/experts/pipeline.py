@@ -26,7 +26,7 @@ from typing import Any
 from minglm.chat import MODES
 from minglm.config import ConfigError
 from minglm.files import write_text_atomically
-from minglm.posttrain.experts.exam import Questions, Sat, difference, questions, score, sit
+from minglm.posttrain.experts.exam import ExpertsError, Questions, Sat, difference, questions, score, sit
 from minglm.posttrain.experts.harvest import SAMPLES, counts_table, harvest, read_counts
 from minglm.posttrain.experts.policy import Placed
 from minglm.posttrain.experts.recipe import ExpertsRecipe, load_experts_recipe, save_experts_recipe, with_paths
@@ -52,10 +52,6 @@ class Stopped(RuntimeError):
 
     def __str__(self) -> str:
         return f"stopped by {self.signal.name} in {self.folder}, which is saved"
-
-
-class ExpertsError(RuntimeError):
-    """An iteration that cannot go on: nothing that the experts have answered may be learnt from."""
 
 
 @dataclass(frozen=True)

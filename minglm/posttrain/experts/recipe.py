@@ -145,7 +145,11 @@ def load_experts_recipe(name_or_path: str | Path, changes: Sequence[str] = ()) -
     """
     path = find_config("experts", name_or_path)
     mapping = read_toml_mapping(path)
+    whole = "rl" not in mapping
     for change in changes:
+        if whole and change.startswith("rl."):
+            wanted = f"{' or '.join(f'experts.{name}' for name in mapping.get('experts', {}))} or unified_rl in place of rl"
+            raise ConfigError(f"set = {change!r}: {path} says of each run by itself what it is, without [rl]; wanted {wanted}")
         _change(mapping, change)
     recipe = build(ExpertsRecipe, _resolved(mapping, str(path)), where=str(path))
     recipe = dataclasses.replace(recipe, base=recipe.base and path.parent / recipe.base)

@@ -65,10 +65,11 @@ class Server:
             if not self._thread.is_alive() or time.monotonic() > end:
                 raise OSError(f"the server of rollouts did not start on {self._host}; wanted an address of this machine")
             time.sleep(0.01)
+        host = f"[{self._host}]" if ":" in self._host else self._host
         port = self._server.servers[0].sockets[0].getsockname()[1]
         aside = self.address.with_name(f".{self.address.name}.writing")
         aside.touch(0o600)
-        aside.write_text(json.dumps({"url": f"http://{self._host}:{port}", "token": self.token}) + "\n")
+        aside.write_text(json.dumps({"url": f"http://{host}:{port}", "token": self.token}) + "\n")
         os.replace(aside, self.address)
         return self
 

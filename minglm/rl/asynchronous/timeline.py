@@ -1,5 +1,6 @@
 """Who did what when: spans as JSON lines in `timeline.jsonl`, and the Gantt chart of trainer and workers."""
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ COLOURS = {
 """What is done -> how it is drawn. weights: written by the trainer, fetched and compared by a worker. waiting: of the trainer
 for a batch, of a worker for environments or for work."""
 SHOWN_SECONDS = 120.0
+LONGEST_LINE = 2**16  # bytes, by far
 
 
 class Recorder:
@@ -50,9 +52,13 @@ class Recorder:
 
 
 def write_spans(spans: Sequence[Span], path: Path) -> None:
-    """Append them."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(span.model_dump_json() + "\n" for span in spans)
+    """Append them, in the place of a last line that a kill has cut off."""
+    with path.open("a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - LONGEST_LINE))
+        cut_off = file.read().split(b"\n")[-1]
+        file.truncate(end - len(cut_off))
+        file.writelines(span.model_dump_json().encode() + b"\n" for span in spans)
 
 
 def read_spans(path: Path, most_bytes: int = 2**23) -> list[Span]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minglm.rl.asynchronous.buffer import Batch, Buffer
+from minglm.rl.asynchronous.buffer import TRIES, Batch, Buffer
 from minglm.rl.asynchronous.exchange import Exchange, Journal, replay
 from minglm.rl.asynchronous.messages import Order, Result, Span
 from minglm.rl.asynchronous.server import Server
@@ -82,7 +82,8 @@ class BufferedLoop(Loop, ABC):
         batch = self.wait_for(self.step)
         self.recorder.now("training")
         found = Practice(rounds=1)
-        for group in (*batch.groups, *batch.aside):
+        taken = (*batch.groups, *batch.aside)
+        for group in taken:
             order = Order(**group.order)
             problem = order.problem()
             attempts = [Result(**slot.result).trajectory(problem) for slot in group.slots]
@@ -94,6 +95,8 @@ class BufferedLoop(Loop, ABC):
                 "groups": [group.number for group in batch.groups],
                 "groups_open": len(self.buffer.open_groups),
                 "leases_expired": self.exchange.expired,
+                # Attempts whose environment failed, which others took the place of: lost, though none of them is in `failed`.
+                "attempts_repeated": sum(min(slot.failures, TRIES - 1) for group in taken for slot in group.slots),
                 # The share of attempts whose tokens are of several versions.
                 "mixed_versions": sum(len(own) > 1 for own in versions) / max(1, len(versions)),
             }
