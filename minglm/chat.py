@@ -144,7 +144,8 @@ def render_tokens(
     The model's own are, in each assistant's turn, everything after `<|assistant|>` and the mark of the user or tool
     that follows, by which the model ended its turn. Not its own: with `enable_thinking=False` the thinking, which the
     prompt already holds; an empty `<think></think>` in place of a reasoning that was dropped; and with `opens_thinking` the
-    `<think>` itself.
+    `<think>` itself, and the token after it: `</think>` there would be a thinking refused, which is not the model's choice
+    where the sampler excludes it, and is where nothing was opened, in the same place.
 
     Args:
         tokenizer: one that has the special tokens of the template.
@@ -168,6 +169,7 @@ def render_tokens(
         pieces.append(Piece(mark, is_mark=True, by_model=True))
     ids: list[int] = []
     assistant_mask: list[bool] = []
+    opened = False
     for piece in _joined(pieces):
         if piece.is_mark and piece.text not in tokenizer.special_ids:
             raise ChatError(
@@ -175,7 +177,8 @@ def render_tokens(
             )
         new = [tokenizer.special_ids[piece.text]] if piece.is_mark else tokenizer.encode(piece.text)
         ids += new
-        assistant_mask += [piece.by_model] * len(new)
+        assistant_mask += [piece.by_model and not (opened and place == 0) for place in range(len(new))]
+        opened = opens_thinking and piece.is_mark and piece.text == "<think>"
     return Rendered(ids, assistant_mask)
 
 

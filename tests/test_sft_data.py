@@ -281,7 +281,7 @@ def test_the_prompt_may_open_the_thinking_of_thinking_samples_alone():
         (place,) = np.flatnonzero(plain.ids == think)
         assert plain.mask[place] == (plain.mode != "non-thinking")
         changed = np.flatnonzero(plain.mask != opened.mask).tolist()
-        assert changed == ([place - 1, place] if plain.mode == "thinking" else [])
+        assert changed == ([place - 1, place, place + 1] if plain.mode == "thinking" else [])
 
 
 def test_the_same_seed_gives_the_same_samples_and_another_one_others():
@@ -506,7 +506,8 @@ def test_an_error_of_the_linter_says_where():
 
 
 def test_a_thinking_that_the_prompt_opens_is_not_learnt(tmp_path):
-    """All else of the sample is: the same ids, and a mask that lacks the mark and the line break before it."""
+    """All else of the sample is: the same ids, and a mask that lacks the mark, the line break before it, and the token after
+    it, in whose place the automatic mode decides."""
     line = {
         "messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "reasoning_content": "two", "content": "4"}]
     }
@@ -520,5 +521,10 @@ def test_a_thinking_that_the_prompt_opens_is_not_learnt(tmp_path):
     first, second = (lint(sample, tokenizer, 100) for sample in (plain, opened))
     assert first.ids == second.ids
     learnt = list(zip(first.ids, first.assistant_mask, second.assistant_mask, strict=True))
-    assert [tokenizer.decode([id]) for id, plain, opened in learnt if plain and not opened] == ["\n", "<think>"]
+    thought = tokenizer.encode("two")[0]
+    assert [tokenizer.decode([id]) for id, plain, opened in learnt if plain and not opened] == [
+        "\n",
+        "<think>",
+        tokenizer.decode([thought]),
+    ]
     assert not any(opened and not plain for _, plain, opened in learnt)

@@ -16,8 +16,8 @@ from minglm.checkpoint import load_model, save_model
 from minglm.config import GLMConfig
 from minglm.model import GLM, Attention, Experts
 from minglm.posttrain.recipe import LoRA
+from minglm.posttrain.sft_learner import SFTLearner, ThinkingMarks
 from minglm.train.device import Device
-from minglm.train.learner import Learner
 from minglm.train.recipe import Recipe
 
 
@@ -80,14 +80,21 @@ def _adapted(model: GLM) -> list[tuple[nn.Module, str]]:
     return found
 
 
-class LoRALearner(Learner):
+class LoRALearner(SFTLearner):
     """Learns adapters on `base`. Checkpoints hold the merged model, and the adapters in the trainer's state."""
 
     def __init__(
-        self, lora: LoRA, base: Path, recipe: Recipe, config: GLMConfig, device: Device, checkpoint: Path | None = None
+        self,
+        lora: LoRA,
+        base: Path,
+        marks: ThinkingMarks,
+        recipe: Recipe,
+        config: GLMConfig,
+        device: Device,
+        checkpoint: Path | None = None,
     ):
         self._lora, self._base = lora, base
-        super().__init__(recipe, config, device, checkpoint)
+        super().__init__(marks, recipe, config, device, checkpoint)
 
     def save(self, folder: Path) -> dict[str, Any]:
         save_model(merge(self.model), folder)

@@ -19,6 +19,7 @@ from minglm.posttrain.lora import LoRALearner
 from minglm.posttrain.mode_switch import ModeSwitch, ask, measure
 from minglm.posttrain.recipe import RewardRecipe, SFTRecipe, load_sft_recipe, resolve_paths, save_sft_recipe
 from minglm.posttrain.sft_data import Census, PackedConversations, held_out_census, training_census
+from minglm.posttrain.sft_learner import SFTLearner, ThinkingMarks
 from minglm.tokenizer import Tokenizer
 from minglm.train.device import Device, choose_device
 from minglm.train.learner import Learner
@@ -78,11 +79,12 @@ def sft(recipe: SFTRecipe, run_folder: str | Path, must_resume: bool = False) ->
     """
     recipe = resolve_paths(recipe)
     base, lora = recipe.base, recipe.lora
+    marks = ThinkingMarks.of(Tokenizer.from_pretrained(base))
 
     def make_learner(recipe: Recipe, config: GLMConfig, device: Device, checkpoint: Path | None) -> Learner:
         if lora.rank:
-            return LoRALearner(lora, base, recipe, config, device, checkpoint)
-        return Learner(recipe, config, device, checkpoint or base)
+            return LoRALearner(lora, base, marks, recipe, config, device, checkpoint)
+        return SFTLearner(marks, recipe, config, device, checkpoint or base)
 
     def open_folder(folder: RunFolder) -> Path | None:
         return folder.open(recipe, must_resume, load_sft_recipe, save_sft_recipe)

@@ -70,10 +70,10 @@ class Trajectory:
 @dataclass(frozen=True)
 class Limits:
     """thinking: True and None leave it to the policy, False forbids it. opens_thinking: every turn begins within a thinking
-    that the prompt has opened; must_think: which is not closed at once. That changes the probabilities of what is sampled, so
-    it is not for training. tokens: of one turn; turns: of one attempt; context: tokens of an attempt that the model reads
-    (None: as many as it has positions); seconds: for the environment to answer a turn. Raises ValueError for whole numbers
-    below 1, for others that are not above 0, and for a thinking that is opened and forbidden."""
+    that the prompt has opened, and that is not closed at once: the first token, which is drawn among the others, is no choice
+    of the policy's to learn from. tokens: of one turn; turns: of one attempt; context: tokens of an attempt that the model
+    reads (None: as many as it has positions); seconds: for the environment to answer a turn. Raises ValueError for whole
+    numbers below 1, for others that are not above 0, and for a thinking that is opened and forbidden."""
 
     tokens: int = 256
     turns: int = 8
@@ -83,7 +83,6 @@ class Limits:
     context: int | None = None
     seconds: float = 300.0
     opens_thinking: bool = False
-    must_think: bool = False
 
     def __post_init__(self) -> None:
         if self.opens_thinking and self.thinking is False:
@@ -207,6 +206,7 @@ class Attempt:
         self._append(self._render(problem.messages))
         self.text, self.finish = "", ""
         self.experts: list[Tensor] = []  # of this turn, from the first id on
+        self.chooses = True  # what it writes next, or the first token of a thinking that it may not close
 
     def has_room(self) -> bool:
         """For an answer to the problem; without, the attempt has failed before it began."""
@@ -218,7 +218,7 @@ class Attempt:
     def ask(self) -> int:
         """Queue the next turn -> the id of the request."""
         limits = self.limits
-        self.text, self.experts = "", []
+        self.text, self.experts, self.chooses = "", [], not limits.opens_thinking
         return self.rollouts.engine.add(
             self.trajectory.ids,
             SamplingParams(
@@ -229,7 +229,7 @@ class Attempt:
                 logprobs=0,
                 at_temperature=True,
                 return_experts=self.rollouts.records_experts,
-                must_think=limits.must_think,
+                must_think=limits.opens_thinking,
             ),
         )
 
@@ -239,7 +239,10 @@ class Attempt:
 
     def take(self, output: RequestOutput) -> None:
         version = self.rollouts.engine.weights_version
-        self._append(output.new_ids, output.logprobs, version)
+        chosen = 0 if self.chooses else 1
+        self._append(output.new_ids[:chosen])
+        self._append(output.new_ids[chosen:], output.logprobs[chosen:], version)
+        self.chooses = self.chooses or bool(output.new_ids)
         self.text += output.text
         if output.experts is not None:
             self.experts.append(output.experts.to(torch.int16))
@@ -310,7 +313,7 @@ class Attempt:
         trajectory, count = self.trajectory, len(ids)
         trajectory.ids += ids
         trajectory.sampled += [log_probs is not None] * count
-        trajectory.log_probs += log_probs or [0.0] * count
+        trajectory.log_probs += [0.0] * count if log_probs is None else log_probs
         trajectory.versions += [version] * count
 
 

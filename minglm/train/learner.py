@@ -19,7 +19,7 @@ from minglm.checkpoint import load_model, save_model
 from minglm.config import GLMConfig
 from minglm.data.stream import Batch
 from minglm.files import write_folder_atomically
-from minglm.model import GLM, DecoderLayer, LossTotals
+from minglm.model import GLM, DecoderLayer, Loss, LossTotals
 from minglm.optim import MuonAdamW, build_optimizer
 from minglm.train.device import Device
 from minglm.train.recipe import Recipe
@@ -68,24 +68,21 @@ class Learner:
         learning_rate_factor: the part of the peak rate to use. Returns fp32 numbers on the device, of all ranks together:
         `numbers` (the norm is that before clipping), and the maximal violation of each MoE layer.
         """
-        stage = self.stage
         # Each micro-batch is divided by what the whole step holds, so that together they are exactly one big batch.
         counts = [self.model.count_targets(batch.labels, batch.document_ids) for batch in batches]
         totals = self.sum_over_ranks(torch.stack([torch.stack(count) for count in counts]).sum(0))
         losses = torch.zeros(4, device=self.device.torch_device)
         for batch in batches:
             with self.device.autocast():
-                loss = self.model.loss(
-                    batch.input_ids,
-                    batch.labels,
-                    batch.document_ids,
-                    mtp_weight=stage.mtp_weight,
-                    balance_weight=stage.balance_weight,
-                    totals=LossTotals(*totals),
-                )
+                loss = self.loss(batch, LossTotals(*totals))
             loss.total.backward()
             losses += torch.stack(loss).detach()
         return self._finish_step(losses, learning_rate_factor)
+
+    def loss(self, batch: Batch, totals: LossTotals) -> Loss:
+        """A micro-batch's part of the step's losses; totals: the denominators."""
+        weights = {"mtp_weight": self.stage.mtp_weight, "balance_weight": self.stage.balance_weight}
+        return self.model.loss(batch.input_ids, batch.labels, batch.document_ids, totals=totals, **weights)
 
     def _finish_step(self, losses: Tensor, learning_rate_factor: float) -> Tensor:
         """With all gradients there: clip, update, balance the experts. losses: this rank's parts. -> what `step` returns."""

@@ -58,8 +58,7 @@ class Policy:
 
     def attempt(self, asked: Sequence[Asked], mode: Mode, temperature: float, about: str) -> list[Trajectory]:
         """In order. thinking: every turn begins within a thinking, and does think; automatic: the model chooses."""
-        limits = self.limits.in_mode(mode, opens_thinking=True)
-        self.rollouts.limits = replace(limits, must_think=limits.opens_thinking, temperature=temperature)
+        self.rollouts.limits = replace(self.limits.in_mode(mode, opens_thinking=True), temperature=temperature)
         found = []
         with ops.using(self.gear), tqdm(total=len(asked), desc=f"{about}, {mode}", unit="attempt", leave=False) as bar:
             for start in range(0, len(asked), AT_ONCE):
