@@ -217,12 +217,16 @@ SAME = [
     (r"3 \pm 2 \sqrt{2}", r"3 + 2\sqrt{2}, 3 - 2\sqrt{2}"), (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
     ("1,-2", r"1 \text{ and } -2"), ("1,-2", r"x=1 \text{ or } x=-2"), ("5", r"5\text{ ft/s}"), ("58,500", "58{,}500"),
     (r"12\pi", r"12 \pi \text{ square inches}"), (r"\cot x", r"\frac{1}{\tan(x)}"), (r"2\pi\,r", r"2r\pi"), ("AB=5", "5"),
+    (r"2\frac{x}{3}", r"\frac{2x}{3}"), (r"3\frac{\pi}{4}", r"\frac{3\pi}{4}"), (r"x^2\frac{1}{3}", r"\frac{x^2}{3}"),
+    (r"-11\frac12", "-11.5"), (r"\sin 2x", r"\sin(2x)"), (r"\sin^2 x", r"1-\cos^2 x"), (r"\sin x\cos x", r"\frac{\sin 2x}{2}"),
     ("$x = 5$", "5"), (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
 ]  # fmt: skip
 DIFFERENT = [
     ("(1,2)", "(2,1)"), ("[1,2)", "[1,2]"), (r"-\infty", r"\infty"), ("p - q", "q - p"), ("5", "x"), ("even", "odd"),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
     (r"1\pm\sqrt2", r"1+\sqrt2"), ("-2,1", "(-2,1)"), (r"\text{ odd}", r"\text{ even}"), (r"x\text{odd}", r"x\text{even}"),
+    (r"2\frac{x}{3}", r"2+\frac{x}{3}"), (r"x^2\frac13", r"x^2+\frac13"), ("10^{-10}", "10^{-11}"), (r"\sin 2x", r"x\sin 2"),
+    ("a", "A"),
     (r"\frac{1}{0}", "1"), ("9^{9^{9^9}}", "3"), ("(" * 300, "3"), ("", ""), ("1,2,2", "1,1,2"), ("x<3", "x>3"), ("12", "1,2"),
 ]  # fmt: skip
 
@@ -267,6 +271,9 @@ def test_a_box_ends_with_the_brace_that_is_its_own(text):
     [
         lambda: boxed("\\boxed{" * 20_000),
         lambda: exact_answer("\n" * 200_000),
+        lambda: exact_answer("Exact Answer:" + "\n" * 200_000),
+        lambda: chosen_letter("\n" * 200_000),
+        lambda: chosen_letter("Answer:" + "* " * 100_000),
         lambda: equal(r"\binom{900000000}{450000000}", "3"),
         *(
             lambda text=text, kind=kind: KINDS[kind].holds(text * 100_000, {"num_bullets": 1, "num_placeholders": 1})
@@ -288,7 +295,35 @@ def test_no_answer_keeps_a_judge_busy(judged):
 def test_letters_are_those_of_the_choices():
     assert chosen_letter("Answer: I cannot say, but the answer is B", "ABCD") == "B"
     assert chosen_letter("Answer: I", "ABCD") is None and chosen_letter("Answer: I") == "I"
+    forms = (
+        r"\boxed{\text{C}}",
+        r"Answer: $\boxed{\mathrm{C}}$",
+        r"Answer: \textbf{C}",
+        "Answer: `C`",
+        r"Answer: \(C\)",
+        "answer: c",
+    )
+    others = ("**Answer:** C", "Answer:\nC", "C.", "(C)", "The answer is C because it is.", "Answer C")
+    assert {chosen_letter(form) for form in (*forms, *others)} == {"C"}
+    assert chosen_letter("Answer: C\n\nThat is the answer I would give.") == "C"
+    words = ("Answer: I'm not sure", "Answer: A lot of them", "the answer I would give", "The answer is a guess")
+    assert {chosen_letter(form) for form in words} == {None}
     assert chosen_letter("So it is.\nAnswer: [B]", "ABCD") == "B" == chosen_letter("答\nAnswer：B", "ABCD")
+
+
+def test_an_exact_answer_may_stand_on_the_line_below():
+    assert exact_answer("### Exact Answer:\n\nParis\n") == exact_answer("Exact Answer:\nParis") == "Paris"
+
+
+@pytest.mark.parametrize(("text", "found"), [("[]", 0), ('[{"0": {"answer": 1}}, {}]', 2)])
+def test_answers_in_a_file_of_their_own_are_one_object(tmp_path, text, found):
+    (tmp_path / "test_en.json").write_text('[{"id": 0, "question": "What?", "options": ["a", "b"]}]')
+    (tmp_path / "test_answers_en.json").write_text(text)
+    with pytest.raises(RecordError, match=f"test_answers_en.json: found {found} records; wanted one object"):
+        load("safety_bench", tmp_path)
+    (tmp_path / "tasks.py").write_text("")
+    with pytest.raises(RecordError, match="tasks.py: found no folder; wanted tau_bench/envs"):
+        load("tau_bench", tmp_path / "tasks.py")
 
 
 # ---- programs and shells

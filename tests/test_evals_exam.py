@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from published import write_published
 from minglm.__main__ import main
 from minglm.data.duplicates import OVERLAP, shared_with
 from minglm.engine.engine import Engine
+from minglm.engine.sequence import Completion
 from minglm.evals.attempts import ChatForm, EndpointWriter, EngineWriter, as_request
 from minglm.evals.benchmarks.question import Question, Unscorable, asked
 from minglm.evals.compare import compare, smallest_detectable, table_of
@@ -181,6 +183,41 @@ def test_two_exams_are_compared_problem_by_problem(tmp_path):
         compare(tmp_path / "a", tmp_path / "c")
     with pytest.raises(EvaluationError, match="found none; wanted a folder with one"):
         compare(tmp_path / "a", tmp_path)
+
+
+def test_a_question_whose_text_was_changed_is_another_one(tmp_path):
+    old, new = (Question("mine", "0", asked(text), judge) for text in ("Old?", "New?"))
+    for folder, question, said in (("a", old, "wrong"), ("a", new, "right"), ("b", new, "right")):
+        take(tmp_path / folder / "m.answers.jsonl", Oracle(lambda _, said=said: said), [question])
+    (one, *_) = compare(tmp_path / "a", tmp_path / "b")
+    assert (one.before, one.after, one.change.count) == (1.0, 1.0, 1)
+
+
+def test_an_answer_that_was_not_judged_takes_no_other_one_with_it(tmp_path):
+    """Each question counts with all its answers; of those with fewer than k there is no pass@k."""
+    sights = Counter()
+
+    def says(one):
+        sights[one.problem.id] += 1
+        return "?" if one.problem.id == "0" and sights["0"] > 1 else "right" if sights[one.problem.id] == 4 else "wrong"
+
+    rows = take(tmp_path / "a.jsonl", Oracle(says), QUESTIONS[:3], samples=4, modes=("automatic",))
+    found = {m.quantity: m for m in measures_of(rows, {}, {})}
+    assert found["mean of 4, automatic"].estimate.value == pytest.approx((0 + 1 / 4 + 1 / 4) / 3)
+    assert (found["pass@4, automatic"].estimate.value, found["pass@4, automatic"].left_out) == (1.0, 1)
+    assert found["pass@2, automatic"].estimate.value == 0.5
+
+
+@pytest.mark.parametrize("thinking", [True, None])
+def test_a_call_that_cannot_be_read_is_a_call_and_thoughts_are_no_answer(thinking):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"x": {"type": "integer"}}}}}
+    thought = ("" if thinking else "<think>") + "so \\boxed{7}</think>\n"
+    call = "<tool_call>f\n<arg_key>x</arg_key>\n<arg_value>abc</arg_value>\n</tool_call>"
+    for tools, text, names in (([tool], call, ["f"]), ([tool], call + "<tool_call>", ["f"]), ([], "<tool_call>", [])):
+        problem = Question("mine", "0", asked("?"), judge, tools=tools)
+        message = ChatForm(None, thinking).read(problem, (), Completion([], [], thought + text, None, None, None, "stop"))
+        assert message["reasoning_content"] == "so \\boxed{7}" and not message["content"]
+        assert [one["function"]["name"] for one in message["tool_calls"]] == names
 
 
 def test_the_smallest_detectable_difference_is_found_in_eight_of_ten_comparisons():

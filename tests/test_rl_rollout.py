@@ -202,7 +202,7 @@ def test_a_thinking_that_the_prompt_opens_is_not_the_policys_and_is_read_as_its_
         assert len(opened) - one.turns in (0, one.end != "done")  # the last one was cut off, or could not be read
         for place in opened:  # what comes first is drawn among fewer tokens: it is the policy's, but nothing to learn from
             assert one.ids[place + 1] != close and not one.sampled[place + 1] and one.log_probs[place + 1] == 0
-            assert place + 2 == len(one.ids) or one.sampled[place + 2]
+            assert place + 2 == len(one.ids) or one.sampled[place + 2] or one.ids[place + 1] == mark
         served = render_tokens(TOKENIZER, one.problem.messages, add_generation_prompt=True).ids
         served += TOKENIZER.encode("\n<think>", allow_special=True)  # as it always was
         assert one.ids[: opened[0] + 1] == served
@@ -210,6 +210,20 @@ def test_a_thinking_that_the_prompt_opens_is_not_the_policys_and_is_read_as_its_
         assert first in one.ids
     with pytest.raises(ValueError, match="opens_thinking"):
         Limits(opens_thinking=True, thinking=False)
+
+
+def test_what_decides_whether_to_think_may_be_left_out():
+    """The same tokens; only what follows a `<think>` is not learnt from."""
+    mark, seen = TOKENIZER.special_ids["<think>"], 0
+    limits = Limits(tokens=30, turns=9, thinking=None)
+    asked = [Echo(2, False)] * 60
+    for plain, one in zip(collect(asked, limits), collect(asked, replace(limits, learns_to_decide=False)), strict=True):
+        assert plain.ids == one.ids and plain.response == one.response
+        decides = [place for place in range(1, len(one.ids)) if one.ids[place - 1] == mark and plain.sampled[place]]
+        assert [n for n, (a, b) in enumerate(zip(plain.sampled, one.sampled, strict=True)) if a != b] == decides
+        assert all(one.log_probs[place] == 0 and one.versions[place] == -1 for place in decides)
+        seen += len(decides)
+    assert seen > 0
 
 
 @LAW

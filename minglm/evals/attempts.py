@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from minglm.chat import OPENS_THINKING, ChatError, parse, render_tokens
+from minglm.chat import OPENS_THINKING, ChatError, StreamParser, parse, render_tokens
 from minglm.engine.engine import Engine
 from minglm.engine.sampling import SamplingParams
 from minglm.engine.sequence import Completion
@@ -111,8 +111,22 @@ class ChatForm:
         text = OPENS_THINKING + completion.text if self.thinking else completion.text
         try:
             return parse(text, problem.tools or None)
-        except ChatError:  # a malformed call: the verifier sees what stands there
-            return in_one_form({"role": "assistant", "content": completion.text})
+        except ChatError:
+            return _with_broken_call(text, problem.tools, self.thinking)
+
+
+def _with_broken_call(text: str, tools: Sequence[Mapping[str, Any]], thinking: bool | None) -> Message:
+    """A turn with a call that cannot be read: all before it, and where there are tools a call with arguments as they stand,
+    which is none that could be done."""
+    parser = StreamParser(tools or None, thinking)
+    parser.feed(text)
+    parser.finish()
+    message = parser.message
+    calls = text.rpartition("</think>")[2].split("<tool_call>")[1:]
+    if tools and len(calls) > len(message["tool_calls"]):
+        broken = calls[len(message["tool_calls"])]
+        message["tool_calls"].append({"function": {"name": broken.split("\n")[0].strip(), "arguments": broken}})
+    return in_one_form(message)
 
 
 @dataclass
@@ -197,12 +211,12 @@ class EngineWriter:
 
 @dataclass
 class EndpointWriter:
-    """A model behind an endpoint; `AT_ONCE` questions are under way."""
+    """A model behind an endpoint; `AT_ONCE` questions are under way. tokens: of a turn, at most; None: its own limit."""
 
     endpoint: Endpoint
     thinking: bool | None
     temperature: float
-    tokens: int
+    tokens: int | None = None
 
     def write(self, attempts: Sequence[Attempt]) -> list[Written | None]:
         with ThreadPoolExecutor(AT_ONCE) as threads:

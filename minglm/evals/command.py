@@ -64,7 +64,8 @@ class Eval:
     temperature: float | None = None
     """Of an exam (0, and 0.6 for several samples)."""
     tokens: int | None = None
-    """Of a turn of an exam, at most (4096; of our families half as many again as their demonstrations have)."""
+    """Of a turn of an exam, at most (4096; of our families half as many again as their demonstrations have; the limit of an
+    endpoint is its own)."""
     grader_url: str | None = None
     """An endpoint with a model that judges free answers and plays customers (key: MINGLM_GRADER_KEY)."""
     grader_name: str | None = None

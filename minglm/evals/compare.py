@@ -34,10 +34,12 @@ def compare(before: Path, after: Path) -> list[Difference]:
     for suite, mode in left:
         asked = {}
         for own in (left, right):
+            rewards: dict[tuple[str, str], list[float]] = {}
             for id, rows in own.get((suite, mode), {}).items():
-                rewards = [row["reward"] for row in rows if usable(row)]
-                if rewards:
-                    asked.setdefault((id, rows[0]["asked"]), []).append(sum(rewards) / len(rewards))
+                for row in filter(usable, rows):
+                    rewards.setdefault((id, row["asked"]), []).append(row["reward"])  # another text is another question
+            for question, of in rewards.items():
+                asked.setdefault(question, []).append(sum(of) / len(of))
         pairs = [pair for pair in asked.values() if len(pair) == 2]
         if pairs:
             means = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]

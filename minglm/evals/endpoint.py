@@ -46,16 +46,18 @@ class Endpoint:
         tools: Sequence[Mapping[str, Any]] = (),
         thinking: bool | None = None,
         temperature: float = 0.0,
-        tokens: int = 1024,
+        tokens: int | None = None,
         seed: int | None = None,
         must_call: str | None = None,
     ) -> Written:
         """One turn. thinking: None leaves it to the model; otherwise enable_thinking is put among the template's arguments, as
-        vLLM, SGLang and our server take it. must_call: the tool that the endpoint makes the model call. Raises EndpointError,
-        Refused."""
+        vLLM, SGLang and our server take it. tokens: at most; None: what the endpoint allows. must_call: the tool that the
+        endpoint makes the model call. Raises EndpointError, Refused."""
         from openai import APIStatusError, OpenAIError
 
-        options: dict[str, Any] = {"temperature": temperature, "max_tokens": tokens}
+        options: dict[str, Any] = {"temperature": temperature}
+        if tokens is not None:
+            options["max_tokens"] = tokens
         if tools:
             options["tools"] = list(tools)
         if seed is not None:

@@ -161,15 +161,17 @@ def _measures(
     ) -> Measure:
         return scored("exam", suite, f"{quantity}, {mode}", [value(own) if own else None for own in of], chance)
 
-    n = min(len(own) for own in judged if own)
+    n = max(map(len, questions.values()))
     average = f"mean of {n}" if n > 1 else "mean"
     yield each(average, _mean("reward"), judged, chance)
     clean = [[] if id in overlapping else own for id, own in zip(questions, judged, strict=True)]
     if any(clean) and clean != judged:
         yield each(f"{average} without overlap", _mean("reward"), clean, chance)
     for k in ks_of(n):
-        yield each(f"pass@{k}", functools.partial(_passes, pass_at, k, n), judged)
-        yield each(f"pass^{k}", functools.partial(_passes, pass_all, k, n), judged)
+        enough = [own if len(own) >= k else [] for own in judged]  # of fewer answers there is nothing to draw k from
+        if any(enough):
+            yield each(f"pass@{k}", functools.partial(_passes, pass_at, k), enough)
+            yield each(f"pass^{k}", functools.partial(_passes, pass_all, k), enough)
     tokens = [sum(row["tokens"] for row in own) for own in judged]
     yield summed("exam", suite, f"tokens an answer, {mode}", tokens, [len(own) for own in judged])
     yield each("answers that thought", _mean("thought"), judged)
@@ -177,8 +179,8 @@ def _measures(
         yield each("answers cut at the limit", _mean("cut"), judged)
 
 
-def _passes(chance_of: Callable[[int, int, int], float], k: int, n: int, own: Sequence[Row]) -> float:
-    return chance_of(k, n, sum(row["reward"] >= 1 for row in own[:n]))
+def _passes(chance_of: Callable[[int, int, int], float], k: int, own: Sequence[Row]) -> float:
+    return chance_of(k, len(own), sum(row["reward"] >= 1 for row in own))
 
 
 def usable(row: Row) -> bool:
@@ -222,12 +224,12 @@ def plot(measures_by_label: Mapping[str, Sequence[Measure]], path: Path) -> None
     """Mean rewards with their intervals, and tokens beside them: a row for each suite and mode, a colour for each model."""
     from minglm.train.plots import DOMAIN_COLORS, drawing
 
-    names = list(dict.fromkeys(_named(m) for own in measures_by_label.values() for m in own if m.quantity.startswith("mean")))
-    names = [name for name in names if "without overlap" not in name]
+    drawn = {label: [m for m in own if "without overlap" not in m.quantity] for label, own in measures_by_label.items()}
+    names = list(dict.fromkeys(_named(m) for own in drawn.values() for m in own if m.quantity.startswith("mean")))
     with drawing(path, 10, 1.4 + 0.28 * len(names) * max(1, len(measures_by_label))) as figure:
         reward, tokens = figure.subplots(1, 2, sharey=True)
         height = 0.8 / len(measures_by_label)
-        for number, (label, own) in enumerate(measures_by_label.items()):
+        for number, (label, own) in enumerate(drawn.items()):
             colour = DOMAIN_COLORS[number % len(DOMAIN_COLORS)]
             for axes, beginning in ((reward, "mean"), (tokens, "tokens")):
                 estimates = {_named(m): m.estimate for m in own if m.quantity.startswith(beginning)}

@@ -138,7 +138,7 @@ def _subjects(command: "Eval", names: Sequence[str]) -> dict[str, Subject]:
     if command.endpoint is not None:
         if command.model is None or command.models:
             raise ConfigError("eval: wanted --endpoint with --model NAME, and no folder of a model")
-        endpoint, tokens = Endpoint(command.endpoint, command.model), command.tokens or TOKENS
+        endpoint, tokens = Endpoint(command.endpoint, command.model), command.tokens
         options = {"endpoint": command.endpoint, "model": command.model, **shared, "tokens": tokens}
         return {command.model: (options, None, lambda mode: EndpointWriter(endpoint, mode, temperature, tokens))}
     from minglm.evals.command import find_columns, weights_written

@@ -61,7 +61,10 @@ class Sampling:
     alone gets worse in the others."""
     opens_thinking: bool = False
     """In the mode "thinking" every turn begins within a thinking that the prompt has opened, as the server does where thinking
-    is asked for; else the policy may choose not to think."""
+    is asked for, and does not end at once: its first token is not learnt. Else the policy may choose not to think."""
+    learns_to_decide: bool = True
+    """Whether to think is learnt, too. Otherwise the token after `<think>`, which decides it, is left out: where thinking and
+    answering at once are right equally often, it would drift to either."""
     format_penalty: bool = True
     """A call that cannot be read ends the episode at once, with reward 0 (report, section 3.2.4)."""
     context: int | None = None

@@ -71,9 +71,10 @@ class Trajectory:
 class Limits:
     """thinking: True and None leave it to the policy, False forbids it. opens_thinking: every turn begins within a thinking
     that the prompt has opened, and that is not closed at once: the first token, which is drawn among the others, is no choice
-    of the policy's to learn from. tokens: of one turn; turns: of one attempt; context: tokens of an attempt that the model
-    reads (None: as many as it has positions); seconds: for the environment to answer a turn. Raises ValueError for whole
-    numbers below 1, for others that are not above 0, and for a thinking that is opened and forbidden."""
+    of the policy's to learn from. learns_to_decide: otherwise it is. tokens: of one turn; turns: of one attempt; context:
+    tokens of an attempt that the model reads (None: as many as it has positions); seconds: for the environment to answer a
+    turn. Raises ValueError for whole numbers below 1, for others that are not above 0, and for a thinking that is opened and
+    forbidden."""
 
     tokens: int = 256
     turns: int = 8
@@ -83,6 +84,7 @@ class Limits:
     context: int | None = None
     seconds: float = 300.0
     opens_thinking: bool = False
+    learns_to_decide: bool = True
 
     def __post_init__(self) -> None:
         if self.opens_thinking and self.thinking is False:
@@ -106,6 +108,7 @@ class Limits:
             format_penalty=s.format_penalty,
             context=s.context,
             seconds=s.environment_seconds,
+            learns_to_decide=s.learns_to_decide,
         )
         return limits.in_mode_of(s, 0)
 
@@ -202,11 +205,11 @@ class Attempt:
         self.limits = asked.limits or rollouts.limits
         problem = self.problem
         self.environment = Environment(problem)
+        self.think_id = rollouts.tokenizer.special_ids["<think>"]
         self.trajectory = Trajectory(problem, [], [], [], [], temperature=self.limits.temperature)
         self._append(self._render(problem.messages))
         self.text, self.finish = "", ""
         self.experts: list[Tensor] = []  # of this turn, from the first id on
-        self.chooses = True  # what it writes next, or the first token of a thinking that it may not close
 
     def has_room(self) -> bool:
         """For an answer to the problem; without, the attempt has failed before it began."""
@@ -218,7 +221,7 @@ class Attempt:
     def ask(self) -> int:
         """Queue the next turn -> the id of the request."""
         limits = self.limits
-        self.text, self.experts, self.chooses = "", [], not limits.opens_thinking
+        self.text, self.experts = "", []
         return self.rollouts.engine.add(
             self.trajectory.ids,
             SamplingParams(
@@ -239,10 +242,10 @@ class Attempt:
 
     def take(self, output: RequestOutput) -> None:
         version = self.rollouts.engine.weights_version
-        chosen = 0 if self.chooses else 1
-        self._append(output.new_ids[:chosen])
-        self._append(output.new_ids[chosen:], output.logprobs[chosen:], version)
-        self.chooses = self.chooses or bool(output.new_ids)
+        decides = self.limits.learns_to_decide and not self.limits.opens_thinking
+        for id, log_prob in zip(output.new_ids, output.logprobs, strict=True):
+            learnt = decides or self.trajectory.ids[-1] != self.think_id
+            self._append([id], [log_prob] if learnt else None, version if learnt else -1)
         self.text += output.text
         if output.experts is not None:
             self.experts.append(output.experts.to(torch.int16))

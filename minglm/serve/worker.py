@@ -91,8 +91,7 @@ class EngineWorker:
 
     async def submit(self, prompts: Sequence[Prompt]) -> Batch:
         """Queue the prompts. Raises `ApiError`: 429 if there is no room, 400 for what the engine can never run."""
-        if not self.is_alive:
-            raise ApiError(503, "The engine has stopped; restart the server.")
+        self._check_alive()
         if self.open_answers + len(prompts) > self.max_queue:
             message = f"{self.open_answers} answers are being written and {self.max_queue} is the limit; try again later."
             raise ApiError(429, message, code="queue_full", headers={"Retry-After": "1"})
@@ -115,7 +114,8 @@ class EngineWorker:
             self._commands.put(lambda: self._cancel(batch))
 
     async def call(self, function: Callable[[Engine], Any]) -> Any:
-        """What `function(engine)` returns or raises, run in the thread between two steps."""
+        """What `function(engine)` returns or raises, run in the thread between two steps. Raises ApiError if that has ended."""
+        self._check_alive()
         loop, future = self._loop, asyncio.get_running_loop().create_future()
 
         def settle(result: Any, error: BaseException | None) -> None:
@@ -132,6 +132,10 @@ class EngineWorker:
 
         self._commands.put(command)
         return await future
+
+    def _check_alive(self) -> None:
+        if not self.is_alive:
+            raise ApiError(503, "The engine has stopped; restart the server.")
 
     def _fail_open(self) -> None:
         for batch in self._open:

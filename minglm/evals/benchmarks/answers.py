@@ -13,15 +13,20 @@ from minglm.tasks.task import reply
 LETTERS = "ABCDEFGHIJ"
 BOXED = "\n\nReason step by step, and put the final answer into \\boxed{}."
 CHOOSE = '\n\nEnd with a line of the form "Answer: LETTER", with the letter of the one right choice.'
-LETTER = re.compile(r"answer(?: is|:)?[\s:：*]*(?:\\boxed\{|\\text\{|[(\[$])*([A-J])\b", re.IGNORECASE)
-BARE_LETTER = re.compile(r"\(?([A-J])[).]?")
-EXACT = re.compile(r"^[^\w\n]*Exact Answer\W*:\**[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
+MARKS = r"(?:\\(?:boxed|text|textbf|mathbf|mathrm)\{|\\[(\[]|[(\[$*`\s])*"  # in front of a letter
+ASKED_FOR = re.compile(rf"^[^\w\n]*answer[ *]{{0,4}}[:：]{MARKS}([A-J])[^\w\n]*$", re.IGNORECASE | re.MULTILINE)
+LETTER = re.compile(rf"(?i:answer(?: is|[ *]{{0,4}})[:：]?){MARKS}(?:([B-HJ])\b|([AI])\b(?!['’]|[^\S\n]+\w))")
+BARE_LETTER = re.compile(rf"{MARKS}([A-J])[^\w\n]*")
+EXACT = re.compile(r"^[^\w\n]*Exact Answer\W*:\**\s*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 
 
 def chosen_letter(content: str, letters: str = LETTERS) -> str | None:
-    """The last of the letters that the answer names as its choice, or that it is or has in a box; None if there is none.
-    Stricter than published: no letter is taken from other words, or drawn, where an answer names none."""
-    named = [letter for letter in LETTER.findall(content) if letter in letters]
+    """The last of the letters that the answer names as its choice in the form that was asked for, or else in other words, or
+    that it is or has in a box; None if there is none. Stricter than published: no letter is taken from other words (A and I are
+    words, too), or drawn, where an answer names none."""
+    asked_for = [letter.upper() for letter in ASKED_FOR.findall(content)]
+    said = ["".join(found) for found in LETTER.findall(content)]
+    named = [letter for letter in asked_for or said if letter in letters]
     bare = BARE_LETTER.fullmatch((boxed(content) or content).strip())
     return named[-1] if named else bare and bare.group(1)
 

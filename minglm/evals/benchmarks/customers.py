@@ -136,7 +136,9 @@ class Service(Episode):
 
 
 def tau_bench(folder: Path, customer: Endpoint | None) -> list[Question]:
-    """All test tasks of a folder, or of both folders in it."""
+    """All test tasks of a folder, or of both folders in it. Raises RecordError for anything else."""
+    if not folder.is_dir():
+        raise RecordError(f"{folder}: found no folder; wanted tau_bench/envs/retail or airline of the repository")
     if not (folder / "tools").is_dir():
         found = [inner for inner in sorted(folder.iterdir()) if (inner / "tools").is_dir()]
         return [question for inner in found for question in tau_bench(inner, customer)]

@@ -33,6 +33,7 @@ FUNCTIONS = {
 }  # fmt: skip
 BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|[{}]")
 MATRIX = re.compile(r"\\begin\{([pb]?)matrix\}(.*)\\end\{\1matrix\}")
+MIXED = re.compile(r"\\frac\{\d+\}\{\d+\}")
 TOKEN = re.compile(r"\s*(\d+\.?\d*|\.\d+|\\[a-zA-Z]+|[a-zA-Z]|.)")
 
 
@@ -80,7 +81,7 @@ def normal(answer: str) -> str:
 def equal(found: str, wanted: str) -> bool:
     """Whether two answers say the same. Never raises, whatever they hold."""
     a, b = normal(found), normal(wanted)
-    if a == b or a.lower() == b.lower() and not re.search(r"\\|\d", a):  # words: \text{Evelyn}
+    if a == b or a.lower() == b.lower() and re.fullmatch(r"[^\\\d]{2,}", a):  # words: \text{Evelyn}
         return bool(a)
     if max(len(a), len(b)) > LONGEST or not a or not b:
         return False
@@ -153,7 +154,7 @@ def _same_value(a: str, b: str) -> bool:
             x, y = _Value(a, point).read(), _Value(b, point).read()
             if cmath.isinf(x) or cmath.isinf(y):
                 return x == y
-            if not cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-9):
+            if not cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-14):
                 return False
     except (ValueError, OverflowError, ZeroDivisionError, RecursionError):  # _Unreadable is a ValueError
         return False
@@ -202,7 +203,7 @@ class _Value:
                 self._take()
                 value /= self._signed()
             else:
-                value = self._mixed(value)
+                value = self._juxtaposed(value)
         return value
 
     def _signed(self) -> complex:
@@ -210,11 +211,12 @@ class _Value:
             return -self._signed() if self._take() == "-" else self._signed()
         return self._power()
 
-    def _mixed(self, value: complex) -> complex:
-        """Juxtaposition: a product, but 1\\frac{1}{2} is a mixed number."""
-        whole = self.tokens[self.place - 1].isdigit() and self._next == "\\frac"
+    def _juxtaposed(self, value: complex) -> complex:
+        """A product, but 1\\frac{1}{2} is a mixed number: of whole numbers alone, the first of which is no exponent."""
+        start, before = self.place, "".join(self.tokens[max(0, self.place - 2) : self.place])
         following = self._power()
-        return value + following if whole else value * following
+        mixed = MIXED.fullmatch("".join(self.tokens[start : self.place])) and re.fullmatch(r"[^^_]?\d+", before)
+        return value + following if mixed else value * following
 
     def _power(self) -> complex:
         base = self._atom()
@@ -237,6 +239,15 @@ class _Value:
 
     def _argument(self) -> complex:
         return self._group() if self._next in ("{", "(") else self._power()
+
+    def _of_function(self) -> complex:
+        """Of \\sin 2x all of it: numbers and letters side by side, up to a sign, a bracket or a function."""
+        if self._next in ("{", "("):
+            return self._group()
+        value = self._power()
+        while re.fullmatch(r"[\d.]+|[a-zA-Z]|\\pi", self._next):
+            value *= self._power()
+        return value
 
     def _atom(self) -> complex:
         if self._next in ("{", "(", "[", "|"):
@@ -263,7 +274,13 @@ class _Value:
                 self._take()
                 base = self._argument()
                 return cmath.log(self._argument()) / cmath.log(base)
-            return FUNCTIONS[name](self._argument())
+            if self._next != "^":
+                return FUNCTIONS[name](self._of_function())
+            self._take()  # \\sin^2 x
+            power = self._group() if self._next == "{" else self._atom()
+            if power == -1:  # the inverse function, or one over it
+                raise _Unreadable
+            return FUNCTIONS[name](self._of_function()) ** power
         if name in CONSTANTS:
             return complex(CONSTANTS[name])
         if name.isalpha() and (token.startswith("\\") or len(name) == 1):

@@ -60,7 +60,14 @@ def _safety_bench(path: Path, grader: Endpoint | None) -> Iterator[Question]:
         if file.name.startswith("test_answers"):
             continue
         answers_file = file.with_name(file.name.replace("test_", "test_answers_", 1))
-        right = next(records(answers_file)) if answers_file != file and answers_file.is_file() else Record(str(file), {})
+        right = Record(str(file), {})
+        if answers_file != file and answers_file.is_file():
+            found = list(records(answers_file))
+            if len(found) != 1:
+                raise RecordError(
+                    f"{answers_file}: found {len(found)} records; wanted one object, of answers by the questions' ids"
+                )
+            right = found[0]
         for record in records(file):
             lists = list(record.values.values())
             inner = [one for part in lists for one in part] if lists and all(isinstance(one, list) for one in lists) else None
