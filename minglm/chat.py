@@ -144,8 +144,7 @@ def render_tokens(
     The model's own are, in each assistant's turn, everything after `<|assistant|>` and the mark of the user or tool
     that follows, by which the model ended its turn. Not its own: with `enable_thinking=False` the thinking, which the
     prompt already holds; an empty `<think></think>` in place of a reasoning that was dropped; and with `opens_thinking` the
-    `<think>` itself, and the token after it: `</think>` there would be a thinking refused, which is not the model's choice
-    where the sampler excludes it, and is where nothing was opened, in the same place.
+    `<think>` itself, and the token after it, by which the model would decide whether to think: the prompt has decided that.
 
     Args:
         tokenizer: one that has the special tokens of the template.

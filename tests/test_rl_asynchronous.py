@@ -315,6 +315,7 @@ def test_with_staleness_zero_sampler_and_trainer_are_equal_to_the_bit(base, tmp_
     assert all(step["largest_gap"] == 0 and step["staleness"] == 0 for step in steps_of(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_virtual_run_that_was_cut_off_does_its_steps_again_and_goes_on(base, tmp_path):
     recipe = asynchronous(base, steps=6, clock="virtual", workers=1)
     rl(recipe, tmp_path / "run")
