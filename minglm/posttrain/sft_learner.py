@@ -54,7 +54,7 @@ class SFTLearner(Learner):
         forced = self.marks.forced(ids, labels, batch.document_ids)
         if forced.any():
             logits = F.linear(hidden[forced], head).float()
-            others = logits.index_fill(1, logits.new_tensor([self.marks.closes]).long(), float("-inf"))
-            lm = lm + F.cross_entropy(others, ids.roll(-1, 1)[forced], reduction="sum")
+            logits[:, self.marks.closes] = float("-inf")
+            lm = lm + F.cross_entropy(logits, ids.roll(-1, 1)[forced], reduction="sum")
         lm = lm / totals.lm.clamp(min=1)
         return Loss(lm + stage.mtp_weight * mtp + stage.balance_weight * balance, lm, mtp, balance)
