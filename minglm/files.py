@@ -28,6 +28,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def whole_lines(text: bytes) -> list[bytes]:
+    """The lines of what is appended to line by line, without a last one that a kill has cut off: it has no newline."""
+    return text.split(b"\n")[:-1]
+
+
 def write_text_atomically(path: str | Path, text: str) -> None:
     """Whoever reads finds the old file or the new one, never half of one."""
     path = Path(path)

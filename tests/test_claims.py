@@ -9,7 +9,7 @@ from small_experts import small_recipe
 
 from minglm.chat import MODES
 from minglm.evals.interval import Estimate
-from minglm.posttrain.experts.claims import Claim, claims, claims_of, claims_table, hard_half, over_seeds
+from minglm.posttrain.experts.claims import Claim, claims, claims_of, claims_table, easiest_first, hard_half, over_seeds
 from minglm.posttrain.experts.exam import Sat
 
 FAMILY = {"reasoning": "say_yes", "agent": "say_no"}
@@ -139,6 +139,16 @@ def test_over_seeds_a_claim_has_the_mean_and_only_what_all_seeds_have_stays(valu
     (claim,) = over_seeds(seeds)
     assert claim.text == "so" and claim.measured.value == pytest.approx(sum(values) / len(values))
     assert claim.measured.count == len(values)
+
+
+@given(st.randoms(use_true_random=False))
+def test_pools_stand_in_the_order_of_what_is_solved_in_all_modes_together(rng):
+    at = [(family, level, mode) for family in ("a", "b") for level in (1, 2, 3) for mode in MODES]
+    sat = [Sat(*one, float(rng.random() < 0.5), 9, False, "done", 0, 0) for one in at for _ in range(3)]
+    ranked = easiest_first(sat)
+    solved = [sum(one.reward for one in sat if (one.family, one.level) == pool) for pool in ranked]
+    assert solved == sorted(solved, reverse=True) and len(set(ranked)) == len(ranked) == 6
+    assert hard_half(sat) == set(ranked[3:])
 
 
 def test_the_harder_half_is_solved_least_and_holds_the_middle_pool(recipe):

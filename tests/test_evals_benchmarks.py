@@ -219,6 +219,7 @@ SAME = [
     (r"12\pi", r"12 \pi \text{ square inches}"), (r"\cot x", r"\frac{1}{\tan(x)}"), (r"2\pi\,r", r"2r\pi"), ("AB=5", "5"),
     (r"2\frac{x}{3}", r"\frac{2x}{3}"), (r"3\frac{\pi}{4}", r"\frac{3\pi}{4}"), (r"x^2\frac{1}{3}", r"\frac{x^2}{3}"),
     (r"-11\frac12", "-11.5"), (r"\sin 2x", r"\sin(2x)"), (r"\sin^2 x", r"1-\cos^2 x"), (r"\sin x\cos x", r"\frac{\sin 2x}{2}"),
+    ("|x|", r"\sqrt{x^2}"), (r"|x|\cdot|y|", "|xy|"), (r"\sqrt{x}\sqrt{4x}", "2x"), ("|3-5|", "2"),
     ("$x = 5$", "5"), (r"\log_2 8", "3"), ("x \\leq 3", "x\\le3"), (r"\sqrt[3]{8}", "2"), ("2^{10}", "1024"),
 ]  # fmt: skip
 DIFFERENT = [
@@ -226,7 +227,7 @@ DIFFERENT = [
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"), (r"\begin{pmatrix}1&2\end{pmatrix}", "(1,2)"),
     (r"1\pm\sqrt2", r"1+\sqrt2"), ("-2,1", "(-2,1)"), (r"\text{ odd}", r"\text{ even}"), (r"x\text{odd}", r"x\text{even}"),
     (r"2\frac{x}{3}", r"2+\frac{x}{3}"), (r"x^2\frac13", r"x^2+\frac13"), ("10^{-10}", "10^{-11}"), (r"\sin 2x", r"x\sin 2"),
-    ("a", "A"),
+    ("a", "A"), ("|x|", "x"), ("|x-y|", "x-y"), ("|xy|", "xy"), ("|x+y|", "|x|+|y|"),
     (r"\frac{1}{0}", "1"), ("9^{9^{9^9}}", "3"), ("(" * 300, "3"), ("", ""), ("1,2,2", "1,1,2"), ("x<3", "x>3"), ("12", "1,2"),
 ]  # fmt: skip
 

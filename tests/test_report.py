@@ -14,9 +14,7 @@ from small_story import Page
 
 from minglm.__main__ import main
 from minglm.config import GLMConfig
-from minglm.posttrain.experts.exam import Sat
 from minglm.report import architecture, progress
-from minglm.report.gains import by_difficulty
 from minglm.report.page import CONTENTS, write_report
 from minglm.report.parts import Part, Story
 from minglm.report.record import Record
@@ -167,19 +165,3 @@ def test_sections_name_the_report_and_the_list_of_contents_leads_to_all(tmp_path
     page = write_report(tmp_path).read_text()
     assert set(re.findall(r'<section id="(\w+)">', page)) == set(re.findall(r'<li><a href="#(\w+)">', page))
     assert Story.of(tmp_path).parts() == []
-
-
-@given(st.randoms(use_true_random=False))
-def test_difficulty_is_another_models_and_no_attempt_is_lost(rng):
-    def drawn() -> list[Sat]:
-        at = [(family, level, mode) for family in ("a", "b") for level in (1, 2) for mode in ("thinking", "non-thinking")]
-        return [Sat(*one, float(rng.random() < 0.5), 9, False, "done", 0, 0) for one in at for _ in range(3)]
-
-    judges, judged = drawn(), drawn()
-    pools = by_difficulty(judged, judges)
-    assert sorted(one for _, own in pools for one in own) == sorted(judged)
-    rates = [
-        sum(one.reward for one in judges if f"{one.family} {one.level}" == name and one.mode == "non-thinking")
-        for name, _ in pools
-    ]
-    assert rates == sorted(rates, reverse=True)

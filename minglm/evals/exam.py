@@ -22,6 +22,7 @@ from minglm.evals.benchmarks.question import Question
 from minglm.evals.interval import Estimate
 from minglm.evals.measure import EvaluationError, Measure, scored, summed
 from minglm.evals.passes import ks_of, pass_all, pass_at
+from minglm.files import whole_lines
 
 TOGETHER = 64  # answers between two looks at what is left to ask
 Row = dict[str, Any]
@@ -109,10 +110,9 @@ def _row(key: Sequence[Any], one: Attempt) -> Row:
 def read_rows(file: Path, options: Mapping[str, Any] | None = None) -> dict[tuple, Row]:
     """The answers of a file by their keys. A last line that was cut off is taken away. Raises EvaluationError for a file of
     other options, or one that is none of ours."""
-    text = file.read_bytes()
-    whole = text[: text.rfind(b"\n") + 1]  # what follows the last newline was never finished
+    whole = whole_lines(file.read_bytes())
     try:
-        head, *rows = map(json.loads, whole.split(b"\n")[:-1])
+        head, *rows = map(json.loads, whole)
         found = {tuple(row[name] for name in ("suite", "id", "mode", "sample", "asked")): row for row in rows}
         known = head["options"]
     except (ValueError, KeyError, TypeError) as error:
@@ -122,7 +122,7 @@ def read_rows(file: Path, options: Mapping[str, Any] | None = None) -> dict[tupl
             differ = [key for key in {**known, **options} if known.get(key) != options.get(key)]
             told = ", ".join(f"{key} = {known.get(key)!r}, now {options.get(key)!r}" for key in differ)
             raise EvaluationError(f"{file} was written with {told}; wanted another --out, or --again to begin anew")
-        os.truncate(file, len(whole))
+        os.truncate(file, sum(len(line) + 1 for line in whole))
     return found
 
 

@@ -105,46 +105,31 @@ def thinking_section(attempts: Attempts) -> Html:
         return section("thinking", title, paper, later(waiting))
     column = attempts.last
     judged_by = "start" if "start" in attempts.sat else column  # the same model's bad luck would count as difficulty
-    pools = by_difficulty(attempts.sat[column], attempts.sat[judged_by])
+    found: dict[tuple[str, int], list[Sat]] = {}
+    for one in attempts.sat[column]:
+        found.setdefault((one.family, one.level), []).append(one)
+    ranked = claims.easiest_first(attempts.sat[judged_by])
+    pools = [(f"{family} {level}", found[family, level]) for family, level in ranked if (family, level) in found]
     rows, drawn = [], []
     for name, _ in pools:
         cells = {mode: attempts.cell(column, name, mode) for mode in MODES}
         drawn.append(Row(name, [cells[mode] and cells[mode]["reward"] for mode in MODES]))
         rows.append([name, *_compared(cells)])
-    half = len(pools) // 2 or 1
+    half = len(pools) // 2
     groups = {"easier half": pools[:half], "harder half": pools[half:], "all": pools}
     sums = []
     for name, some in groups.items():
-        own = [one for _, found in some for one in found]
-        if own:
-            sums.append([name, *_compared({mode: _of_mode(own, mode) for mode in MODES})])
+        sat = [one for _, own in some for one in own]
+        if sat:
+            sums.append([name, *_compared({mode: _of_mode(sat, mode) for mode in MODES})])
     head = ["", *(f"{mode}: reward" for mode in MODES), *(f"{mode}: tokens" for mode in MODES), "automatic thinks"]
     text = (
-        f"The model: {COLUMNS[column]}. Difficulties stand in the order of what is got right without thinking (by the model "
-        f"{COLUMNS[judged_by]}), easiest first: there an answer at once is likely right, which the automatic mode has to learn."
+        f"The model: {COLUMNS[column]}. Difficulties stand in the order of what the model {COLUMNS[judged_by]} gets right, "
+        "all modes together, easiest first."
     )
     chart = (intervals(drawn, list(MODES), "mean reward"), "Each difficulty of each family, the easiest first.")
     caption = "By measured difficulty, with 95% intervals."
     return section("thinking", title, paper, text, table(head, sums, caption), charts(chart), table(head, rows))
-
-
-def by_difficulty(sat: Sequence[Sat], judges: Sequence[Sat]) -> list[tuple[str, list[Sat]]]:
-    """The attempts by pool (a family and a difficulty), those first that the attempts `judges`, perhaps another model's, solve
-    most often without thinking."""
-    pools, judging = _by_pool(sat), _by_pool(judges)
-
-    def ease(item: tuple[str, list[Sat]]) -> float:
-        found = rewards(one for one in judging.get(item[0], []) if one.mode == "non-thinking")
-        return -statistics.fmean(found) if found else 0.0
-
-    return sorted(pools.items(), key=ease)
-
-
-def _by_pool(sat: Sequence[Sat]) -> dict[str, list[Sat]]:
-    pools: dict[str, list[Sat]] = {}
-    for one in sat:
-        pools.setdefault(f"{one.family} {one.level}", []).append(one)
-    return pools
 
 
 def _of_mode(sat: Sequence[Sat], mode: str) -> dict[str, Any] | None:

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minglm.files import whole_lines
+
 WALL_CLOCK = ("seconds", "tokens_per_second")
 LAST_BYTES = 2**17  # of a file, that are read for its newest records
 
@@ -36,8 +38,8 @@ class MetricsFile:
         """Forget what was recorded after `step`, and a last line that was cut off when its writer was killed."""
         if not self.enabled or not self.path.exists():
             return
-        lines = self.path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was never finished
-        kept = [line for number, line in enumerate(lines, 1) if _parse(line, self.path, number)["step"] <= step]
+        lines = enumerate(whole_lines(self.path.read_bytes()), 1)
+        kept = [line for number, line in lines if _parse(line, self.path, number)["step"] <= step]
         aside = self.path.with_name(self.path.name + ".cut-back")
         aside.write_bytes(b"".join(line + b"\n" for line in kept))
         os.replace(aside, self.path)
@@ -62,8 +64,7 @@ class MetricsFile:
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All records of a `metrics.jsonl`, in order. Raises MetricsError for a line that is no record."""
     path = Path(path)
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_parse(line, path, number) for number, line in enumerate(lines, 1)]
+    return [_parse(line, path, number) for number, line in enumerate(whole_lines(path.read_bytes()), 1)]
 
 
 def read_last(path: str | Path) -> list[dict[str, Any]]:
@@ -75,7 +76,7 @@ def read_last(path: str | Path) -> list[dict[str, Any]]:
     with path.open("rb") as file:
         start = max(0, file.seek(0, os.SEEK_END) - LAST_BYTES)
         file.seek(start)
-        lines = file.read().split(b"\n")[:-1]
+        lines = whole_lines(file.read())
     return [_parse(line, path, number) for number, line in enumerate(lines[1:] if start else lines, 1)]
 
 

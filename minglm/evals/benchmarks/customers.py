@@ -56,7 +56,7 @@ for name, arguments in job["calls"]:
     except Exception as error:
         results.append(f"Error: {error}")
 state = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-told = {"results": results[-1:], "state": state, "tools": [tool.get_info() for tool in tools.values()]}
+told = {"results": results, "state": state, "tools": [tool.get_info() for tool in tools.values()]}
 os.write(3, (job["token"] + json.dumps(told)).encode())
 """
 
@@ -98,7 +98,7 @@ class Shop:
         return json.loads(told)
 
     def after(self, calls: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-        """Do calls on fresh data. -> the last one's result, a hash of the data, and the descriptions of the tools."""
+        """Do calls on fresh data. -> their results, a hash of the data, and the descriptions of the tools."""
         usable = [(name, own if isinstance(own, dict) else {}) for name, own in calls]
         return self._after(json.dumps(usable))
 
@@ -122,7 +122,7 @@ class Service(Episode):
         found = []
         for name, arguments in calls_of(message):
             self.calls.append((name, arguments))
-            found.append({"role": "tool", "content": "".join(self.shop.after(self.calls)["results"])})
+            found.append({"role": "tool", "content": self.shop.after(self.calls)["results"][-1]})
             self.done = self.done or name == ENDS
         if found:
             return found
@@ -201,9 +201,8 @@ def _question(
         return Verdict(0.0, tuple(reasons)) if reasons else RIGHT
 
     gold: list[Message] = []
-    for done, (name, own) in enumerate(actions, 1):
+    for (name, own), result in zip(actions, shop.after(actions)["results"], strict=True):
         call = {"type": "function", "function": {"name": name, "arguments": own}}
-        result = "".join(shop.after(actions[:done])["results"])
         gold += [{"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": result}]
     gold.append({"role": "assistant", "content": " ".join(["Done.", *outputs])})
     return Question(

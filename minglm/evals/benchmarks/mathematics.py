@@ -2,8 +2,9 @@ r"""Answers of mathematics: what stands in the last \boxed{...}, and when two of
 
 Two answers are equal if they are the same text once notation is made one, or the same value: both are read by a small parser
 (fractions, roots, powers, constants, functions, variables; intervals, tuples and sets by parts) and computed in floating
-point at fixed random values of their variables. That settles identities such as 2(x+1) and 2x+2 without symbolic algebra,
-which model text could keep busy for ever; a wrong answer that agrees at all points within 1e-9 is none that anybody writes.
+point at fixed random values of their variables, which are positive unless there are bars (|x|). That settles identities such as
+2(x+1) and 2x+2 without symbolic algebra, which model text could keep busy for ever; a wrong answer that agrees at all points
+within 1e-9 is none that anybody writes.
 MATH's own comparison is of texts alone. What it calls equal is equal here, but for doubled backslashes; and so are values, and
 lists in another order.
 """
@@ -14,7 +15,7 @@ import math
 import random
 import re
 
-POINTS = 3  # values of the variables at which two expressions are compared
+POINTS, SIGNED_POINTS = 3, 8  # values of the variables at which two expressions are compared; with either sign
 LONGEST = 400  # characters
 MOST_PARTS = 32  # of a set or list
 MOST_CHOSEN_FROM = 1000  # of binomial coefficients: those of more are no floats
@@ -150,8 +151,9 @@ def _same_value(a: str, b: str) -> bool:
             left, right = a.split(relation), b.split(relation)
             return len(left) == len(right) > 1 and all(equal(x, y) for x, y in zip(left, right, strict=True))
     try:
-        for point in range(POINTS):
-            x, y = _Value(a, point).read(), _Value(b, point).read()
+        signed = "|" in a + b
+        for point in range(SIGNED_POINTS if signed else POINTS):
+            x, y = _Value(a, point, signed).read(), _Value(b, point, signed).read()
             if cmath.isinf(x) or cmath.isinf(y):
                 return x == y
             if not cmath.isclose(x, y, rel_tol=1e-9, abs_tol=1e-14):
@@ -164,9 +166,9 @@ def _same_value(a: str, b: str) -> bool:
 class _Value:
     """Recursive descent over one expression, computed at a point: sum, product (also by juxtaposition), power, atom."""
 
-    def __init__(self, text: str, point: int):
+    def __init__(self, text: str, point: int, signed: bool):
         self.tokens = TOKEN.findall(text.replace("**", "^"))
-        self.place, self.point = 0, point
+        self.place, self.point, self.signed = 0, point, signed
 
     def read(self) -> complex:
         value = self._sum()
@@ -284,5 +286,7 @@ class _Value:
         if name in CONSTANTS:
             return complex(CONSTANTS[name])
         if name.isalpha() and (token.startswith("\\") or len(name) == 1):
-            return complex(random.Random(f"{name} {self.point}").uniform(0.3, 1.7))
+            draws = random.Random(f"{name} {self.point}")
+            value = draws.uniform(0.3, 1.7)
+            return complex(draws.choice((-value, value)) if self.signed else value)
         raise _Unreadable

@@ -112,13 +112,18 @@ def _tokens(some: Sequence[Sat], others: Sequence[Sat]) -> Estimate | None:
 
 
 def hard_half(sat: Sequence[Sat]) -> set[tuple[str, int]]:
-    """Of the pools, families with a difficulty, the half that is solved least often, in all modes together: by another model
+    """The harder half of the pools."""
+    ranked = easiest_first(sat)
+    return set(ranked[len(ranked) // 2 :])
+
+
+def easiest_first(sat: Sequence[Sat]) -> list[tuple[str, int]]:
+    """The pools, families with a difficulty, those first that are solved most often, in all modes together: by another model
     than the one that is judged there, for else its bad luck would count as difficulty."""
     pools: dict[tuple[str, int], list[Sat]] = {}
     for one in sat:
         pools.setdefault((one.family, one.level), []).append(one)
-    ranked = sorted(pools, key=lambda pool: statistics.fmean(rewards(pools[pool]) or [0.0]))
-    return set(ranked[: (len(ranked) + 1) // 2])
+    return sorted(pools, key=lambda pool: statistics.fmean(rewards(pools[pool]) or [0.0]), reverse=True)
 
 
 def claims_of(found: Mapping[str, Mapping[str, Any]]) -> list[Claim]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minglm.files import whole_lines
 from minglm.rl.asynchronous.buffer import Batch, Buffer, Lease
 
 Call = tuple[str, list[Any]]  # a method of Buffer and its arguments
@@ -50,7 +51,7 @@ class Journal:
         calls = []
         for number in sorted(n for n in self._numbers() if n >= first):
             path = self._path(number)
-            for line, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+            for line, text in enumerate(whole_lines(path.read_bytes()), 1):
                 try:
                     name, arguments = json.loads(text)
                 except (ValueError, TypeError):  # the latter for JSON that is no pair

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from matplotlib.patches import Patch
 
+from minglm.files import whole_lines
 from minglm.rl.asynchronous.messages import Span
 from minglm.train.plots import BLUE, GREEN, GREY, ORANGE, RED, drawing
 
@@ -66,7 +67,7 @@ def read_spans(path: Path, most_bytes: int = 2**23) -> list[Span]:
     with path.open("rb") as file:
         cut = max(0, path.stat().st_size - most_bytes)
         file.seek(cut)
-        lines = file.read().split(b"\n")[:-1]
+        lines = whole_lines(file.read())
     return [Span.model_validate_json(line) for line in lines[cut > 0 :]]
 
 
