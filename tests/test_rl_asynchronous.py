@@ -327,11 +327,12 @@ def test_a_virtual_run_that_was_cut_off_does_its_steps_again_and_goes_on(base, t
     assert [step["entropy"] for step in steps_of(tmp_path / "run")] == [step["entropy"] for step in before]
 
 
-def test_lengths_and_temperature_come_with_the_problem_and_experts_with_the_attempt(base, tmp_path, monkeypatch):
+def test_length_temperature_and_mode_come_with_the_problem_and_experts_with_the_attempt(base, tmp_path, monkeypatch):
     monkeypatch.setattr("minglm.rl.temperature.WINDOW", 1)
     monkeypatch.setattr("minglm.rl.curriculum.WINDOW", 1)
     recipe = asynchronous(base, clock="virtual", workers=1, max_staleness=1, room=4)
-    sampling = replace(recipe.sampling, groups=2, tokens=(2, 4), temperatures=(1.0, 1.5), precision="fp8")
+    modes = {"thinking": ("thinking", "non-thinking", "automatic"), "opens_thinking": True}
+    sampling = replace(recipe.sampling, groups=2, tokens=(2, 4), temperatures=(1.0, 1.5), precision="fp8", **modes)
     tasks = Tasks({"arithmetic": (1, 2)})
     rl(replace(recipe, tasks=tasks, sampling=sampling, routing_replay="R3"), tmp_path / "run")
     steps = steps_of(tmp_path / "run")
@@ -341,6 +342,8 @@ def test_lengths_and_temperature_come_with_the_problem_and_experts_with_the_atte
     results = [Result(**arguments[1]) for name, arguments in calls if name == "deliver"]
     orders = [arguments[0] for name, arguments in calls if name == "open"]
     assert {(order["tokens"], order["temperature"]) for order in orders} >= {(2, 1.0), (4, 1.5)}
+    in_turn = [(True, True), (False, False), (None, False)]
+    assert [(one["thinking"], one["opens_thinking"]) for one in orders] == [in_turn[n % 3] for n in range(len(orders))]
     assert {one.temperature for one in results} == {1.0, 1.5} and all(one.experts is not None for one in results)
     assert all(sum(one.sampled) <= (2 if one.temperature == 1.0 else 4) for one in results)
 
