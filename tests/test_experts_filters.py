@@ -93,7 +93,8 @@ def answer(number, mode, fault=None, text=None, length=10) -> Answer:
     if fault == "call":
         response = [*call({"a": 3}, "error: no such number"), *response]
     problem = Ask(number)
-    one = Trajectory(problem, [1, 2, *ids], [False, False, *[True] * len(ids)], [], [], response, Verdict(1.0))
+    sampled, versions = [False, False, *[True] * len(ids)], [-1, -1, *[0] * len(ids)]
+    one = Trajectory(problem, [1, 2, *ids], sampled, [], versions, response, Verdict(1.0))
     one.parts = {"verifier": 1.0, "model": 0.2 if fault == "score" else 0.8}
     if fault == "wrong":
         one.verdict, one.parts = Verdict(0.5), {"verifier": 0.5}
@@ -241,12 +242,15 @@ def test_recipes_that_make_no_sense_are_refused(key, value):
 
 def written(*turns: str, read=()) -> Trajectory:
     """An attempt of which the policy has written these turns, with something of the world's after each; read: the messages."""
-    ids, sampled = [1], [False]
+    ids, versions = [1], [-1]
     for turn in turns:
         own = TOKENIZER.encode(turn, allow_special=True)
         ids += [*own, 1]
-        sampled += [*[True] * len(own), False]
-    return Trajectory(Ask(1), ids, sampled, [0.0] * len(ids), [0] * len(ids), list(read), Verdict(0.0))
+        versions += [*[0] * len(own), -1]
+    # What follows a `<think>` is not learnt from, and yet written.
+    think = TOKENIZER.special_ids["<think>"]
+    sampled = [version >= 0 and before != think for version, before in zip(versions, [1, *ids], strict=False)]
+    return Trajectory(Ask(1), ids, sampled, [0.0] * len(ids), versions, list(read), Verdict(0.0))
 
 
 def test_a_turn_that_was_not_read_is_found_and_the_calls_begun_in_it_count():
@@ -258,6 +262,9 @@ def test_a_turn_that_was_not_read_is_found_and_the_calls_begun_in_it_count():
     later = written(good, torn, read=read)
     assert unread_turn(later, TOKENIZER) == torn and calls_of(later, "automatic", TOKENIZER) == (2, 1)
     assert calls_of(written(thinks + torn + torn), "automatic", TOKENIZER) == (2, 0)
+    thought = written(thinks + good, read=read)
+    assert unread_turn(thought, TOKENIZER) == "" and calls_of(thought, "automatic", TOKENIZER) == (1, 1)
+    assert thought.length == len(thought.ids) - 2 > sum(thought.sampled)
     assert calls_of(written("<think>shall I <tool_call> or"), "automatic", TOKENIZER) == (0, 0)
     # Where the prompt has opened a thinking, what comes before its end is no call either.
     assert calls_of(written("shall I <tool_call> or"), "thinking", TOKENIZER) == (0, 0)

@@ -17,7 +17,8 @@ def attempt(reward: float | None, ids: tuple[int, ...] = (5, 6, 7)) -> Trajector
     failure = Failure("time-out", "no answer within 1 s") if reward is None else None
     n = len(ids)
     end = "failed" if reward is None else "done"
-    return Trajectory(Echo(1, False), list(ids), [i > 0 for i in range(n)], [0.0] * n, [0] * n, [], verdict, end, failure)
+    versions = [-1, *[0] * (n - 1)]
+    return Trajectory(Echo(1, False), list(ids), [i > 0 for i in range(n)], [0.0] * n, versions, [], verdict, end, failure)
 
 
 def test_pass_at_k_is_the_mean_over_problems_and_partial_rewards_solve_nothing():

@@ -34,8 +34,8 @@ def everything(learner) -> dict:
 
 def some(count: int, length: int) -> list[Trajectory]:
     ids = [5 + n % 90 for n in range(length)]
-    sampled, zeros = [n > 3 for n in range(length)], [0.0] * length
-    return [Trajectory(Echo(1, False), ids, sampled, zeros, [0] * length, [], Verdict(n % 2)) for n in range(count)]
+    sampled, zeros, versions = [n > 3 for n in range(length)], [0.0] * length, [0 if n > 3 else -1 for n in range(length)]
+    return [Trajectory(Echo(1, False), ids, sampled, zeros, versions, [], Verdict(n % 2)) for n in range(count)]
 
 
 @pytest.mark.parametrize("name", ["grpo", "ppo"])

@@ -202,6 +202,7 @@ def test_a_thinking_that_the_prompt_opens_is_not_the_policys_and_is_read_as_its_
         assert len(opened) - one.turns in (0, one.end != "done")  # the last one was cut off, or could not be read
         for place in opened:  # what comes first is drawn among fewer tokens: it is the policy's, but nothing to learn from
             assert one.ids[place + 1] != close and not one.sampled[place + 1] and one.log_probs[place + 1] == 0
+            assert one.versions[place] == -1 and one.versions[place + 1] == 0
             assert place + 2 == len(one.ids) or one.sampled[place + 2] or one.ids[place + 1] == mark
         served = render_tokens(TOKENIZER, one.problem.messages, add_generation_prompt=True).ids
         served += TOKENIZER.encode("\n<think>", allow_special=True)  # as it always was
@@ -221,7 +222,8 @@ def test_what_decides_whether_to_think_may_be_left_out():
         assert plain.ids == one.ids and plain.response == one.response
         decides = [place for place in range(1, len(one.ids)) if one.ids[place - 1] == mark and plain.sampled[place]]
         assert [n for n, (a, b) in enumerate(zip(plain.sampled, one.sampled, strict=True)) if a != b] == decides
-        assert all(one.log_probs[place] == 0 and one.versions[place] == -1 for place in decides)
+        assert all(one.log_probs[place] == 0 for place in decides)
+        assert one.versions == plain.versions and one.length == plain.length == sum(plain.sampled)
         seen += len(decides)
     assert seen > 0
 

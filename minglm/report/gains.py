@@ -53,7 +53,8 @@ def gains_section(story: Story, attempts: Attempts) -> Html:
     tables = []
     for domain, expert in attempts.recipe.experts.items():
         rows = []
-        for row in (*expert.tasks.levels, f"all {domain}"):
+        families = list(expert.tasks.levels)
+        for row in families if len(families) == 1 else [*families, f"all {domain}"]:
             for mode in MODES:
                 cells = [attempts.cell(column, row, mode) for column in columns]
                 rows.append([row, mode, *(interval(one["reward"]) if one else "–" for one in cells)])

@@ -55,6 +55,7 @@ svg .tip { fill: var(--faint) }
     --c0: #2b6cb0; --c1: #c2570c; --c2: #2f855a; --c3: #97266d; --c4: #6b46c1; --c5: #4a5568; }
   body { max-width: none; padding: 0; font-size: 10pt } nav { display: none } section { break-inside: auto }
   figure, tr { break-inside: avoid } h2, h3 { break-after: avoid }
+  details::details-content { content-visibility: visible }
   .wide { overflow: visible } td, tbody th { white-space: normal }
   .charts { grid-template-columns: 1fr 1fr } * { print-color-adjust: exact }
 }

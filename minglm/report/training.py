@@ -10,7 +10,7 @@ from minglm.evals.command import file_name
 from minglm.evals.measure import Results
 from minglm.params import count, forward_flops_per_token, kv_cache_bytes_per_token, training_flops_per_token
 from minglm.report import architecture
-from minglm.report.html import Html, charts, heading, interval, later, section, si, table
+from minglm.report.html import Html, charts, folded, heading, interval, later, section, si, table
 from minglm.report.parts import STAGES_EVALUATED, Story
 from minglm.report.svg import Series, heat, lines
 from minglm.train.metrics import read_metrics
@@ -126,8 +126,10 @@ def _by_family(story: Story) -> list[Html]:
             arrow = "less is better" if one.lower_is_better else "more is better"
             row = rows.setdefault(one.key, [one.name, f"{one.quantity} ({arrow})", *["–"] * len(columns)])
             row[2 + place] = interval(one.estimate.numbers)
-    caption = "Held-out documents and problems, with 95% intervals."
-    return [title, table(["of", "measure", *columns], list(rows.values()), caption)]
+    head, caption = ["of", "measure", *columns], "Held-out documents and problems, with 95% intervals."
+    together = [row for row in rows.values() if row[0].startswith("all ")]
+    each = [row for row in rows.values() if row not in together]
+    return [title, table(head, together, caption), folded("each domain and family", table(head, each))]
 
 
 def balance_section(story: Story) -> Html:

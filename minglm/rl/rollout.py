@@ -33,9 +33,9 @@ left no room for an answer."""
 class Trajectory:
     """One attempt at a problem. `ids` are everything, the prompt first; the other lists are as long.
 
-    sampled: which ids the policy chose. log_probs: of these under the policy that chose them, at `temperature`, natural
-    logarithm; 0 elsewhere. versions: of the policy's weights; -1 elsewhere. verdict is None where the attempt has failed, by
-    no fault of the policy's, and failure says why: it has no reward, which is not a reward of 0.
+    sampled: which ids the policy chose, and learns from. log_probs: of these under the policy that chose them, at
+    `temperature`, natural logarithm; 0 elsewhere. versions: of the policy's weights that wrote an id; -1 elsewhere. verdict is
+    None where the attempt has failed, by no fault of the policy's, and failure says why: no reward, which is not a reward of 0.
     """
 
     problem: Problem
@@ -54,8 +54,8 @@ class Trajectory:
 
     @property
     def length(self) -> int:
-        """Tokens that the policy chose."""
-        return sum(self.sampled)
+        """Tokens that the policy wrote, those included that it does not learn from."""
+        return sum(version >= 0 for version in self.versions)
 
     @property
     def pathological(self) -> bool:
@@ -245,7 +245,7 @@ class Attempt:
         decides = self.limits.learns_to_decide and not self.limits.opens_thinking
         for id, log_prob in zip(output.new_ids, output.logprobs, strict=True):
             learnt = decides or self.trajectory.ids[-1] != self.think_id
-            self._append([id], [log_prob] if learnt else None, version if learnt else -1)
+            self._append([id], [log_prob] if learnt else None, version)
         self.text += output.text
         if output.experts is not None:
             self.experts.append(output.experts.to(torch.int16))

@@ -55,7 +55,7 @@ class Answer(NamedTuple):
     @property
     def own_ids(self) -> tuple[int, ...]:
         """What the model wrote, results of tools left out."""
-        return tuple(id for id, own in zip(self.attempt.ids, self.attempt.sampled, strict=True) if own)
+        return tuple(id for id, version in zip(self.attempt.ids, self.attempt.versions, strict=True) if version >= 0)
 
     @property
     def pool(self) -> tuple[str, int, str]:

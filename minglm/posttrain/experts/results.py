@@ -112,7 +112,8 @@ def _sections(table: Table, recipe: ExpertsRecipe) -> Iterator[str]:
     """A table of each domain, families and modes being its rows, the models its columns; and one of all together."""
     for domain, expert in recipe.experts.items():
         yield f"## {domain}"
-        yield _markdown(table, [*expert.tasks.levels, f"all {domain}"], _cell)
+        families = list(expert.tasks.levels)
+        yield _markdown(table, families if len(families) == 1 else [*families, f"all {domain}"], _cell)
     yield "## all domains"
     yield _markdown(table, ["all"], _cell)
     yield "## calls of tools"
