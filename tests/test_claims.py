@@ -90,7 +90,7 @@ def test_each_number_is_of_the_models_modes_and_problems_that_it_names(recipe):
         "less the expert of reasoning": 0.0,
         "less the expert of agent": -0.625,
         "thinking, less answering at once": 0.75,
-        "tokens of thinking": 4.0,
+        "tokens of answering at once": 0.25,
         "automatic mode, less": -0.25,
         "tokens of the automatic mode": 0.75,
         "after RL": (1 + 0.375 + 0.75) / 3,
@@ -100,7 +100,7 @@ def test_each_number_is_of_the_models_modes_and_problems_that_it_names(recipe):
     assert {part: by_text(found, part).measured.value for part in wanted} == pytest.approx(wanted)
     assert len(found) == len(wanted)
     assert by_text(found, "less the expert of agent").verdict == "missed" == by_text(found, "automatic mode, less").verdict
-    assert by_text(found, "tokens of thinking").verdict == "shown"
+    assert by_text(found, "tokens of answering at once").verdict == "shown"
 
 
 def test_what_has_no_verdict_is_no_claim_and_what_has_no_calls_neither(recipe):

@@ -77,7 +77,7 @@ def _measured(
 
     for domain in recipe.experts:
         gain = _gain(*(practised(domain, one) for one in (start, sat[f"expert-{domain}"])))
-        yield f"expert of {domain}, less the common start, in the mode that it practises", gain, "above", 0.0
+        yield f"expert of {domain}, less the common start, in the modes that it practises", gain, "above", 0.0
     for domain in recipe.experts:
         gain = _gain(*(practised(domain, one) for one in (sat[f"expert-{domain}"], last)))
         yield f"unified model, less the expert of {domain}, there", gain, "at least", -WITHIN
@@ -85,7 +85,8 @@ def _measured(
     hard = hard_half(start)
     hard_thinking, hard_at_once = ([one for one in own if (one.family, one.level) in hard] for own in (thinking, at_once))
     yield "thinking, less answering at once, on the harder half", _gain(hard_at_once, hard_thinking), "above", 0.0
-    yield "tokens of thinking, over those of answering at once, there", _tokens(hard_thinking, hard_at_once), "above", 1.0
+    spent = _tokens(hard_at_once, hard_thinking)
+    yield "tokens of answering at once, over those of thinking, there", spent, "at most", 1.0
     yield "automatic mode, less always thinking", _gain(thinking, automatic), "at least", -AUTOMATIC_WITHIN
     saved = _tokens(automatic, thinking)
     yield "tokens of the automatic mode, over those of always thinking", saved, "at most", AUTOMATIC_TOKENS
