@@ -195,6 +195,23 @@ def test_the_automatic_mode_thinks_where_the_answer_at_once_is_likely_wrong_and_
     assert ["reasoning_content" in line["messages"][-1] for line in lines] == [False, True, False]
 
 
+@pytest.mark.parametrize(("right", "luck"), [(32, 32), (40, 40), (41, 0), (64, 0)])
+def test_right_answers_teach_nothing_where_no_more_are_right_than_by_guessing(right, luck):
+    @dataclass(frozen=True)
+    class Coin(Ask):
+        chance = 0.5
+
+    answers = [
+        answer(number, mode, None if mode == "thinking" or number < right else "wrong", text=f"{number}")
+        for mode in SAMPLED
+        for number in range(64)
+    ]
+    answers = [one._replace(placed=Placed("coin", 1, Coin(one.number))) for one in answers]
+    kept = choose(answers, OPEN, TOKENIZER, ROW)
+    assert kept.took["luck"] == luck and len(kept.answers["non-thinking"]) == right - luck
+    assert len(kept.answers["thinking"]) == 64  # another mode is judged by itself
+
+
 def test_hard_problems_keep_several_answers_and_the_easiest_none():
     answers = []
     for number, wrong in enumerate([0, 1, 2, 3]):  # of four answers at once

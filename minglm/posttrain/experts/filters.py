@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,7 @@ FILTERS = {
     "repetition": "the same tokens again and again",
     "length": "far longer than others that are right, or longer than a row",
     "score": "disliked by the reward model, or what RL has a veto against",
+    "luck": "of a family, difficulty and mode in which no more are right than by guessing",
     "duplicate": "the same as another answer to the problem",
     "surplus": "more right answers to a problem than are kept",
     "easy": "the problem is solved too often to teach much",
@@ -133,11 +135,14 @@ def choose(
         if is_right(one.attempt):
             lengths.setdefault(one.pool, []).append(one.attempt.length)
     medians = {pool: statistics.median(own) for pool, own in lengths.items()}
+    lucky = guessed(answers)
     took: Counter[str] = Counter()
     sound: dict[int, dict[SampledMode, list[Answer]]] = {}
     for one in answers:
         fault = fault_of(one, recipe, medians.get(one.pool), tokenizer, row, vetoes)
         own = sound.setdefault(one.number, {mode: [] for mode in SAMPLED})[one.mode]
+        if fault is None and one.pool in lucky:
+            fault = "luck"
         if fault is None and any(one.attempt.response == other.attempt.response for other in own):
             fault = "duplicate"
         if fault is None:
@@ -149,6 +154,22 @@ def choose(
     _choose_by_difficulty(kept, answers, sound, recipe)
     _balance(kept, recipe)
     return kept
+
+
+def guessed(answers: Iterable[Answer]) -> set[tuple[str, int, str]]:
+    """The pools (family, difficulty and mode) in which the share of right attempts is within two standard errors of what
+    guessing gives, or below: a right answer there says nothing of how it was found, and an expert that has forgotten how would
+    teach just that."""
+    found: dict[tuple, list[tuple[bool, float]]] = {}
+    for one in answers:
+        if one.attempt.verdict is not None:
+            found.setdefault(one.pool, []).append((is_right(one.attempt), one.placed.problem.chance))
+    lucky = set()
+    for pool, own in found.items():
+        right, chance = map(statistics.fmean, zip(*own, strict=True))
+        if right <= chance + 2 * sqrt(chance * (1 - chance) / len(own)):
+            lucky.add(pool)
+    return lucky
 
 
 def pass_rates(answers: Iterable[Answer]) -> dict[int, float]:
