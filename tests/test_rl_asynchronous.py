@@ -294,6 +294,7 @@ def steps_of(folder):
     return [{key: value for key, value in record.items() if key not in clocks} for record in records]
 
 
+@pytest.mark.slow
 def test_on_a_virtual_clock_a_run_is_the_same_to_the_bit_and_the_gap_is_told_by_staleness(base, tmp_path):
     recipe = asynchronous(base, steps=6, clock="virtual", workers=2)
     first, again = rl(recipe, tmp_path / "first"), rl(recipe, tmp_path / "again")

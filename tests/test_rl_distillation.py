@@ -133,6 +133,7 @@ def taught(base, tmp_path):  # noqa: F811
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_bits_and_keeps_to_its_budget(taught, tmp_path):
     whole = rl(replace(taught, steps=4), tmp_path / "whole")
     steps = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if r["kind"] == "step"]

@@ -189,7 +189,8 @@ def test_a_run_writes_what_happened_and_keeps_sampler_and_trainer_equal_to_the_b
     assert find_columns([run]) == {"step-4": (outcome.checkpoint, run)} and first_length(run) is None
 
 
-@pytest.mark.parametrize("name", ["ppo", pytest.param("reinforce++", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ppo", "reinforce++"])
 def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(base, tmp_path, name):
     recipe = recipe_of(base, objective=named(name))
     whole = rl(recipe, tmp_path / "whole")
