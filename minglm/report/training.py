@@ -129,6 +129,8 @@ def _by_family(story: Story) -> list[Html]:
     head, caption = ["of", "measure", *columns], "Held-out documents and problems, with 95% intervals."
     together = [row for row in rows.values() if row[0].startswith("all ")]
     each = [row for row in rows.values() if row not in together]
+    if not together:
+        return [title, table(head, each, caption)]
     return [title, table(head, together, caption), folded("each domain and family", table(head, each))]
 
 
