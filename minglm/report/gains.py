@@ -11,7 +11,7 @@ from minglm.evals.measure import Results
 from minglm.posttrain.experts import claims
 from minglm.posttrain.experts.exam import RECORDS, Sat, read_attempts, rewards
 from minglm.posttrain.experts.paths import COMPARED
-from minglm.posttrain.experts.results import COLUMNS, RESULTS, Table, rows_of
+from minglm.posttrain.experts.results import COLUMNS, RESULTS, Table, rows_of, rows_of_domain
 from minglm.report.html import Html, charts, heading, interval, later, section, table
 from minglm.report.parts import AGENTS_EVALUATED, Story, agent_families, read_json
 from minglm.report.svg import Row, Series, intervals, lines
@@ -53,8 +53,7 @@ def gains_section(story: Story, attempts: Attempts) -> Html:
     tables = []
     for domain, expert in attempts.recipe.experts.items():
         rows = []
-        families = list(expert.tasks.levels)
-        for row in families if len(families) == 1 else [*families, f"all {domain}"]:
+        for row in rows_of_domain(domain, expert):
             for mode in MODES:
                 cells = [attempts.cell(column, row, mode) for column in columns]
                 rows.append([row, mode, *(interval(one["reward"]) if one else "–" for one in cells)])
@@ -106,9 +105,7 @@ def thinking_section(attempts: Attempts) -> Html:
         return section("thinking", title, paper, later(waiting))
     column = attempts.last
     judged_by = "start" if "start" in attempts.sat else column  # the same model's bad luck would count as difficulty
-    found: dict[tuple[str, int], list[Sat]] = {}
-    for one in attempts.sat[column]:
-        found.setdefault((one.family, one.level), []).append(one)
+    found = claims.by_pool(attempts.sat[column])
     ranked = claims.easiest_first(attempts.sat[judged_by])
     pools = [(f"{family} {level}", found[family, level]) for family, level in ranked if (family, level) in found]
     rows, drawn = [], []

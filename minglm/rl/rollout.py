@@ -53,9 +53,14 @@ class Trajectory:
     """What each source of rewards has said (minglm.rl.rewards)."""
 
     @property
+    def written(self) -> list[bool]:
+        """Which ids the policy wrote, those included that it does not learn from."""
+        return [version >= 0 for version in self.versions]
+
+    @property
     def length(self) -> int:
-        """Tokens that the policy wrote, those included that it does not learn from."""
-        return sum(version >= 0 for version in self.versions)
+        """Tokens that the policy wrote."""
+        return sum(self.written)
 
     @property
     def pathological(self) -> bool:

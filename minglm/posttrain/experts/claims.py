@@ -121,10 +121,16 @@ def hard_half(sat: Sequence[Sat]) -> set[tuple[str, int]]:
 def easiest_first(sat: Sequence[Sat]) -> list[tuple[str, int]]:
     """The pools, families with a difficulty, those first that are solved most often, in all modes together: by another model
     than the one that is judged there, for else its bad luck would count as difficulty."""
+    pools = by_pool(sat)
+    return sorted(pools, key=lambda pool: statistics.fmean(rewards(pools[pool]) or [0.0]), reverse=True)
+
+
+def by_pool(sat: Sequence[Sat]) -> dict[tuple[str, int], list[Sat]]:
+    """The attempts of each family and difficulty."""
     pools: dict[tuple[str, int], list[Sat]] = {}
     for one in sat:
         pools.setdefault((one.family, one.level), []).append(one)
-    return sorted(pools, key=lambda pool: statistics.fmean(rewards(pools[pool]) or [0.0]), reverse=True)
+    return pools
 
 
 def claims_of(found: Mapping[str, Mapping[str, Any]]) -> list[Claim]:

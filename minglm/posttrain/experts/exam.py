@@ -127,7 +127,7 @@ def calls_of(one: Trajectory, mode: str, tokenizer: Tokenizer) -> CallCount:
 
 def unread_turn(one: Trajectory, tokenizer: Tokenizer) -> str:
     """What the model has written after the last message of its response: a turn that was cut off or could not be read."""
-    stretches = groupby(zip(one.ids, one.versions, strict=True), key=lambda pair: pair[1] >= 0)
+    stretches = groupby(zip(one.ids, one.written, strict=True), key=lambda pair: pair[1])
     turns = [[id for id, _ in pairs] for written, pairs in stretches if written]
     return tokenizer.decode(turns[-1]) if len(turns) > one.turns else ""
 

@@ -57,7 +57,7 @@ class Answer(NamedTuple):
     @property
     def own_ids(self) -> tuple[int, ...]:
         """What the model wrote, results of tools left out."""
-        return tuple(id for id, version in zip(self.attempt.ids, self.attempt.versions, strict=True) if version >= 0)
+        return tuple(id for id, own in zip(self.attempt.ids, self.attempt.written, strict=True) if own)
 
     @property
     def pool(self) -> tuple[str, int, str]:

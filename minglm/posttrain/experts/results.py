@@ -12,6 +12,7 @@ from minglm.posttrain.experts.claims import VERDICTS, Claim, claims, claims_of, 
 from minglm.posttrain.experts.exam import Sat, score, summary
 from minglm.posttrain.experts.harvest import counts_table, read_counts
 from minglm.posttrain.experts.recipe import ExpertsRecipe
+from minglm.rl.recipe import RLRecipe
 
 if TYPE_CHECKING:
     from minglm.posttrain.experts.pipeline import Made
@@ -108,12 +109,17 @@ def rows_of(sat: Sequence[Sat], domain_of: Mapping[str, str]) -> dict[str, dict[
     return {row: {mode: summary([one for one in own if one.mode == mode]) for mode in MODES} for row, own in groups.items()}
 
 
+def rows_of_domain(domain: str, expert: RLRecipe) -> list[str]:
+    """Of its table: its families, and where these are several, all of them together."""
+    families = list(expert.tasks.levels)
+    return families if len(families) == 1 else [*families, f"all {domain}"]
+
+
 def _sections(table: Table, recipe: ExpertsRecipe) -> Iterator[str]:
     """A table of each domain, families and modes being its rows, the models its columns; and one of all together."""
     for domain, expert in recipe.experts.items():
         yield f"## {domain}"
-        families = list(expert.tasks.levels)
-        yield _markdown(table, families if len(families) == 1 else [*families, f"all {domain}"], _cell)
+        yield _markdown(table, rows_of_domain(domain, expert), _cell)
     yield "## all domains"
     yield _markdown(table, ["all"], _cell)
     yield "## calls of tools"
